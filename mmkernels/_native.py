@@ -1,0 +1,49 @@
+"""Loads the compiled modules, and remembers why one is not there. Nothing here is needed for correct results.
+
+`_C_cpu` and `_C_cuda` register kernels with the dispatcher and hold no Python symbol; `_host` is an ordinary extension.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_HERE = Path(__file__).parent
+
+
+def build_info() -> dict[str, Any]:
+    """What the build wrote down about itself: modules, compilers, architectures, and why a module was skipped."""
+    path = _HERE / "_build_info.json"
+    if not path.is_file():
+        return {"modules": [], "skipped": dict.fromkeys(("_C_cpu", "_C_cuda", "_host"), "nothing was ever built here")}
+    return json.loads(path.read_text())
+
+
+def _load(name: str) -> str:
+    """Loads a module of kernels; returns "" or the reason why it cannot serve."""
+    path = _HERE / f"{name}.abi3.so"
+    if not path.is_file():
+        return build_info()["skipped"].get(name, f"{path.name} is missing; build again")
+    if name == "_C_cuda" and torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} does not load in torch {torch.__version__}: {error}"
+    return ""
+
+
+def _host() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("mmkernels._host"), ""
+    except ImportError as error:
+        return None, build_info()["skipped"].get("_host", str(error))
+
+
+host, _why_no_host = _host()
+reasons = {"_C_cpu": _load("_C_cpu"), "_C_cuda": _load("_C_cuda"), "_host": _why_no_host}
