@@ -1,0 +1,1 @@
+"""Floor 2: the five op families, one room each; rooms never import each other."""
