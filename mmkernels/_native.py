@@ -17,10 +17,10 @@ _HERE = Path(__file__).parent
 
 
 def build_info() -> dict[str, Any]:
-    """What the build wrote down about itself: modules, compilers, architectures, and why a module was skipped."""
+    """What the build wrote down: `modules` (name -> "" or why it was not built), compilers, architectures, revision."""
     path = _HERE / "_build_info.json"
     if not path.is_file():
-        return {"modules": [], "skipped": dict.fromkeys(("_C_cpu", "_C_cuda", "_host"), "nothing was ever built here")}
+        return {"modules": dict.fromkeys(("_C_cpu", "_C_cuda", "_host"), "nothing was ever built here")}
     return json.loads(path.read_text())
 
 
@@ -28,7 +28,7 @@ def _load(name: str) -> str:
     """Loads a module of kernels; returns "" or the reason why it cannot serve."""
     path = _HERE / f"{name}.abi3.so"
     if not path.is_file():
-        return build_info()["skipped"].get(name, f"{path.name} is missing; build again")
+        return build_info()["modules"][name] or f"{path.name} is missing; build again"
     if name == "_C_cuda" and torch.version.cuda is None:
         return f"torch {torch.__version__} has no CUDA"
     try:
@@ -38,12 +38,12 @@ def _load(name: str) -> str:
     return ""
 
 
-def _host() -> tuple[ModuleType | None, str]:
+def _import_host() -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module("mmkernels._host"), ""
     except ImportError as error:
-        return None, build_info()["skipped"].get("_host", str(error))
+        return None, build_info()["modules"]["_host"] or str(error)
 
 
-host, _why_no_host = _host()
+host, _why_no_host = _import_host()
 reasons = {"_C_cpu": _load("_C_cpu"), "_C_cuda": _load("_C_cuda"), "_host": _why_no_host}
