@@ -1,19 +1,27 @@
-// Which build of the CPU kernels this process runs: the widest the CPU has, or the one that MMKERNELS_ISA names.
+// Which build of the CPU kernels this process runs: the widest the CPU has, or the one that MMKERNELS_ISA
+// names.
 //
 // cpu_kernels.cpp is compiled once per instruction set, with -DMMKERNELS_ISA=<isa>, and puts its functions in
-// namespace mmkernels::<isa>. It must not include this file, nor any header with inline functions of its own: the linker
-// keeps one copy of an inline function, which may be the one with instructions that the CPU lacks.
+// namespace mmkernels::<isa>. It must not include this file, nor any header with inline functions of its own:
+// the linker keeps one copy of an inline function, which may be the one with instructions that the CPU lacks.
 #pragma once
 
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
-// For cpu.cpp, inside namespace mmkernels. Declares `signature` once per instruction set: MMKERNELS_DECLARE(void f(const Params&))
-#define MMKERNELS_DECLARE(signature)            \
-  namespace scalar { signature; }               \
-  namespace avx2 { signature; }                 \
-  namespace avx512 { signature; }
+// For cpu.cpp, inside namespace mmkernels. Declares `signature` once per instruction set:
+// MMKERNELS_DECLARE(void f(const Params&))
+#define MMKERNELS_DECLARE(signature) \
+  namespace scalar {                 \
+  signature;                         \
+  }                                  \
+  namespace avx2 {                   \
+  signature;                         \
+  }                                  \
+  namespace avx512 {                 \
+  signature;                         \
+  }
 
 // Calls the copy of `function` that this process runs: MMKERNELS_CALL(f, params);
 #if defined(__x86_64__)
@@ -52,7 +60,8 @@ inline Isa chosen_isa() {
   for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512})
     if (wanted == std::string(name(isa)) && isa <= widest_isa()) return isa;
   throw std::runtime_error(std::string("MMKERNELS_ISA: got \"") + wanted +
-                           "\", expected scalar, avx2 or avx512, and this CPU has at most " + name(widest_isa()));
+                           "\", expected scalar, avx2 or avx512, and this CPU has at most " +
+                           name(widest_isa()));
 }
 
 inline Isa isa() {

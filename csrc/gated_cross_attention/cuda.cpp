@@ -22,14 +22,17 @@ constexpr int64_t kInt32Max = std::numeric_limits<int32_t>::max();
 
 std::tuple<Tensor, Tensor, Tensor> media_intervals(const Tensor& media_locations,  // [B, T] bool
                                                    int64_t latents, int64_t num_media, bool all_previous,
-                                                   bool use_cached_media, bool attend_previous, int64_t rows) {
-  STD_TORCH_CHECK(media_locations.dim() == 2, "media_locations: got rank ", media_locations.dim(), ", expected [B, T]");
+                                                   bool use_cached_media, bool attend_previous,
+                                                   int64_t rows) {
+  STD_TORCH_CHECK(media_locations.dim() == 2, "media_locations: got rank ", media_locations.dim(),
+                  ", expected [B, T]");
   STD_TORCH_CHECK(media_locations.scalar_type() == ScalarType::Bool, "media_locations: expected bool");
   const int64_t batch = media_locations.size(0), tokens = media_locations.size(1);
   STD_TORCH_CHECK(use_cached_media || rows == tokens, "rows: got ", rows, ", expected ", tokens);
   STD_TORCH_CHECK(latents >= 0 && num_media >= 0 && batch * num_media * latents <= kInt32Max,
                   "media keys: got ", batch, " x ", num_media, " x ", latents, ", expected at most 2^31 - 1");
-  const Tensor locations = media_locations.stride(1) == 1 ? media_locations : torch::stable::contiguous(media_locations);
+  const Tensor locations =
+      media_locations.stride(1) == 1 ? media_locations : torch::stable::contiguous(media_locations);
   const torch::stable::accelerator::DeviceGuard guard(locations.get_device_index());
   const int64_t size[] = {batch * rows};
   Tensor lo = torch::stable::new_empty(locations, size, ScalarType::Int);

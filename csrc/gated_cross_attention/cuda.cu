@@ -1,9 +1,10 @@
 // media_intervals: which run of latents each text row sees, from the positions of the media tokens.
 //
-// Plan. One block owns one batch row and is the only reader and writer of it: one byte per token in (twice, where the total
-// is needed first), nine bytes per text row out, one launch, no workspace. The row is walked in chunks of one token per
-// thread; inside a chunk the media time is an inclusive scan (ballot and popcount in a warp, then over the warps' sums in
-// shared memory), between chunks a running total that every thread holds.
+// Plan. One block owns one batch row and is the only reader and writer of it: one byte per token in (twice,
+// where the total is needed first), nine bytes per text row out, one launch, no workspace. The row is walked
+// in chunks of one token per thread; inside a chunk the media time is an inclusive scan (ballot and popcount
+// in a warp, then over the warps' sums in shared memory), between chunks a running total that every thread
+// holds.
 #include <cuda_runtime.h>
 
 #include "params.h"
@@ -80,7 +81,8 @@ __global__ void __launch_bounds__(kThreads) media_intervals_kernel(MediaInterval
 
 int media_intervals_cuda(const MediaIntervals& p, void* stream) {
   if (p.batch * p.rows == 0) return cudaSuccess;
-  media_intervals_kernel<<<static_cast<unsigned>(p.batch), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
+  media_intervals_kernel<<<static_cast<unsigned>(p.batch), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      p);
   return cudaGetLastError();
 }
 

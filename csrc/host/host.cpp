@@ -31,6 +31,10 @@ py::dict cpu_features() {
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Host CPU facts.";
   m.def("cpu_features", &cpu_features, "Instruction set extensions of this CPU: name -> present.");
-  m.def("widest_isa", [] { return mmkernels::name(mmkernels::widest_isa()); }, "The widest kernel build this CPU runs.");
-  m.def("isa", [] { return mmkernels::name(mmkernels::isa()); }, "The kernel build this process runs (MMKERNELS_ISA).");
+  m.def(
+      "widest_isa", [] { return mmkernels::name(mmkernels::widest_isa()); },
+      "The widest kernel build this CPU runs.");
+  m.def(
+      "isa", [] { return mmkernels::name(mmkernels::isa()); },
+      "The kernel build this process runs (MMKERNELS_ISA).");
 }
