@@ -144,7 +144,7 @@ def backward(
 def _tokens_first(grad: Tensor, like: Tensor) -> Tensor:
     """[B,H,J,D] -> [B,J,G,D] like the input: the heads of a group add up."""
     b, j, g, d = like.shape
-    return grad.view(b, g, -1, j, d).sum(2).transpose(1, 2).to(like.dtype).contiguous()
+    return grad.view(b, g, grad.shape[1] // g, j, d).sum(2).transpose(1, 2).to(like.dtype).contiguous()
 
 
 def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
