@@ -97,7 +97,9 @@ def test_autocast_does_not_leak_into_an_op(backend: str | None) -> None:
 def test_shapes_may_change_without_recompiling_more_than_once() -> None:
     torch._dynamo.reset()
     counter = CompileCounter()
-    compiled = torch.compile(lambda *a: mmkernels.interval_attention(*a), backend=counter, fullgraph=True, dynamic=None)
+    compiled = torch.compile(
+        lambda *a: mmkernels.interval_attention(*a), backend=counter, fullgraph=True, dynamic=None
+    )
     for rows in (4, 6, 9, 12, 17):
         q = torch.randn(rows, 2, 8)
         lo = torch.zeros(rows, dtype=torch.int32)

@@ -145,7 +145,9 @@ def test_a_second_derivative_is_refused_by_name(room: Room) -> None:
     inputs = accuracy.leaves(_inputs(room, room.tests[0], torch.float32), room)
     out = room.call(inputs)
     first = inputs[room.differentiable[0]]
-    (grad,) = torch.autograd.grad((out if isinstance(out, Tensor) else out[0]).square().sum(), first, create_graph=True)
+    (grad,) = torch.autograd.grad(
+        (out if isinstance(out, Tensor) else out[0]).square().sum(), first, create_graph=True
+    )
     with pytest.raises(RuntimeError, match="not twice differentiable"):
         grad.sum().backward()
 

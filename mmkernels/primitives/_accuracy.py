@@ -36,7 +36,9 @@ def results(room: Room, inputs: Inputs, function: Callable[[], Any], seed: int =
     names = [n for n in room.differentiable if isinstance(inputs.get(n), Tensor)]
     loss = (out * weight.to(out)).sum()
     grads = torch.autograd.grad(loss, [inputs[n] for n in names], allow_unused=True)
-    grown = {f"d{n}": torch.zeros_like(inputs[n]) if g is None else g for n, g in zip(names, grads, strict=True)}
+    grown = {
+        f"d{n}": torch.zeros_like(inputs[n]) if g is None else g for n, g in zip(names, grads, strict=True)
+    }
     return {"out": out.detach(), **grown}
 
 

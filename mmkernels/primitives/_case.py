@@ -49,9 +49,7 @@ class Room:
     tests: tuple[Case, ...]
     bench: tuple[Case, ...]
     cost: Callable[[Inputs], Cost]
-    peers: Mapping[str, Callable[[Inputs], Callable[[], Tensor]]] = field(
-        default_factory=dict
-    )
+    peers: Mapping[str, Callable[[Inputs], Callable[[], Tensor]]] = field(default_factory=dict)
     ops: tuple[str, ...] = ()  # the operators behind `call`, forward then backward
 
 

@@ -49,13 +49,9 @@ def dtypes(allowed: Iterable[torch.dtype], **arguments: Tensor | None) -> None:
         if value is None:
             continue
         if value.dtype not in allowed:
-            raise TypeError(
-                f"{name}: got {value.dtype}, expected {' or '.join(str(d) for d in allowed)}"
-            )
+            raise TypeError(f"{name}: got {value.dtype}, expected {' or '.join(str(d) for d in allowed)}")
         if first is not None and value.dtype != first[1]:
-            raise TypeError(
-                f"{name}: got {value.dtype}, expected {first[1]} like {first[0]}"
-            )
+            raise TypeError(f"{name}: got {value.dtype}, expected {first[1]} like {first[0]}")
         first = first or (name, value.dtype)
 
 
@@ -66,18 +62,14 @@ def devices(**arguments: Tensor | None) -> None:
         if value is None:
             continue
         if first is not None and value.device != first[1]:
-            raise TypeError(
-                f"{name}: got device {value.device}, expected {first[1]} like {first[0]}"
-            )
+            raise TypeError(f"{name}: got device {value.device}, expected {first[1]} like {first[0]}")
         first = first or (name, value.device)
 
 
 def choice(name: str, value: object, allowed: Iterable[object]) -> None:
     allowed = tuple(allowed)
     if value not in allowed:
-        raise ValueError(
-            f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}"
-        )
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")
 
 
 def positive(**arguments: int) -> None:
@@ -92,9 +84,7 @@ def intervals(lo: Tensor, hi: Tensor, keys: int) -> None:
     if bool(wrong.any()):
         row = int(wrong.flatten().to(torch.uint8).argmax())
         got = (int(lo.flatten()[row]), int(hi.flatten()[row]))
-        raise ValueError(
-            f"lo, hi: row {row} has (lo, hi) = {got}, expected 0 <= lo <= hi <= {keys} keys"
-        )
+        raise ValueError(f"lo, hi: row {row} has (lo, hi) = {got}, expected 0 <= lo <= hi <= {keys} keys")
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -103,7 +93,4 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        t.to(dtype) if t is not None and t.dtype != torch.float64 else t
-        for t in tensors
-    )
+    return tuple(t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in tensors)

@@ -27,12 +27,8 @@ _COMPILED = {
 log = logging.getLogger("mmkernels")
 _LOG_LEVEL = int(os.environ.get("MMKERNELS_LOG", "0"))
 _CHECK = os.environ.get("MMKERNELS_CHECK", "0") == "1"
-_forced: tuple[
-    str, ...
-] = ()  # global on purpose: CUDA's backward runs in autograd's own threads
-_explaining: list[tuple[str, str, str]] | None = (
-    None  # while set, ops report their rows instead of computing
-)
+_forced: tuple[str, ...] = ()  # global on purpose: CUDA's backward runs in autograd's own threads
+_explaining: list[tuple[str, str, str]] | None = None  # while set, ops report their rows instead of computing
 
 
 @dataclass(frozen=True)
@@ -87,9 +83,7 @@ class Op:
         **rules: Callable[..., str],
     ) -> None:
         """Adds a kernel for `device`; `supports(*args)` and `present()` say why it cannot serve ("" when it can)."""
-        row = Row(
-            backend, call, rules.get("supports", _always), rules.get("present", _always)
-        )
+        row = Row(backend, call, rules.get("supports", _always), rules.get("present", _always))
         self.rows[device].append(row)
         self.rows[device].sort(key=lambda r: BACKENDS.index(r.backend))
 
@@ -100,9 +94,7 @@ class Op:
         LIBRARY.define(f"{name}({self._signature}")
 
         def present() -> str:
-            found = torch._C._dispatch_has_kernel_for_dispatch_key(
-                f"mmkernels::{name}", key
-            )
+            found = torch._C._dispatch_has_kernel_for_dispatch_key(f"mmkernels::{name}", key)
             return "" if found else f"{name} is not compiled in this installation"
 
         self.register(
@@ -113,27 +105,19 @@ class Op:
             present=present,
         )
 
-    def autograd(
-        self, backward: Callable[..., Any], setup: Callable[..., None]
-    ) -> None:
-        torch.library.register_autograd(
-            f"mmkernels::{self.name}", backward, setup_context=setup, lib=LIBRARY
-        )
+    def autograd(self, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
+        torch.library.register_autograd(f"mmkernels::{self.name}", backward, setup_context=setup, lib=LIBRARY)
 
     def not_twice_differentiable(self) -> None:
         """For backward ops: a second derivative is refused by name instead of being silently wrong."""
 
         def refuse(ctx: Any, *grads: Any) -> Any:
-            raise RuntimeError(
-                f"mmkernels::{self.name} is not twice differentiable; use create_graph=False"
-            )
+            raise RuntimeError(f"mmkernels::{self.name} is not twice differentiable; use create_graph=False")
 
         self.autograd(refuse, lambda ctx, inputs, output: None)
 
     def _ladder(self, device: str) -> list[Row]:
-        rows = self.rows.get(
-            device, self.rows["cpu"][-1:]
-        )  # other devices: the reference alone
+        rows = self.rows.get(device, self.rows["cpu"][-1:])  # other devices: the reference alone
         if not _forced:
             return [
                 row for row in rows if device != "cpu" or row.backend != "triton"
@@ -156,10 +140,7 @@ class Op:
         device = _device(args)
         if _explaining is not None:
             rows = self._ladder(device)
-            _explaining.extend(
-                (self.name, row.backend, row.present() or row.supports(*args))
-                for row in rows
-            )
+            _explaining.extend((self.name, row.backend, row.present() or row.supports(*args)) for row in rows)
             return self._fake(*args)
         if self._check is not None and (_CHECK or device == "cpu"):
             self._check(*args)
@@ -190,9 +171,7 @@ def using(*backends: str) -> Iterator[None]:
     global _forced
     unknown = [name for name in backends if name not in BACKENDS]
     if unknown or not backends:
-        raise ValueError(
-            f"backends: got {unknown or 'none'}, expected some of {', '.join(BACKENDS)}"
-        )
+        raise ValueError(f"backends: got {unknown or 'none'}, expected some of {', '.join(BACKENDS)}")
     before, _forced = _forced, backends
     try:
         yield
@@ -204,15 +183,10 @@ def backends(device: str = "cpu") -> dict[str, dict[str, str]]:
     """For every op: backend -> "" when it is usable on `device`, else the reason why not."""
     if device not in ("cpu", "cuda"):
         raise ValueError(f'device: got {device!r}, expected "cpu" or "cuda"')
-    return {
-        name: {row.backend: row.present() for row in op.rows[device]}
-        for name, op in sorted(OPS.items())
-    }
+    return {name: {row.backend: row.present() for row in op.rows[device]} for name, op in sorted(OPS.items())}
 
 
-def explain(
-    op: Callable[..., Any], *args: Any, **kwargs: Any
-) -> list[tuple[str, str, str]]:
+def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> list[tuple[str, str, str]]:
     """Which implementation would serve each operator behind `op(*args, **kwargs)`, and why not a faster one.
 
     `op` is a public function or a module of ours. Nothing is computed. Returns rows (operator, backend, reason), fastest

@@ -13,7 +13,9 @@ from mmkernels import Intervals, gated_cross_attention, gated_feed_forward, medi
 from mmkernels.primitives._op import OPS
 
 BACKENDS = [
-    row.backend for row in OPS["gated_cross_attention"].rows["cpu"] if not row.present() and row.backend != "triton"
+    row.backend
+    for row in OPS["gated_cross_attention"].rows["cpu"]
+    if not row.present() and row.backend != "triton"
 ]
 LATENTS = 4
 PATTERNS = {
@@ -67,7 +69,9 @@ def test_intervals_are_the_published_mask(pattern: str, mode: str, cached: bool,
 def test_rows_averaged_by_the_published_code_are_marked_uniform() -> None:
     last = media_intervals(_locations(PATTERNS["more tokens than media"]), LATENTS, num_media=2)
     assert last.uniform.tolist() == [False] * 4 + [True] * 4
-    before = media_intervals(_locations(PATTERNS["two images"]), LATENTS, num_media=2, media_mode="all_previous")
+    before = media_intervals(
+        _locations(PATTERNS["two images"]), LATENTS, num_media=2, media_mode="all_previous"
+    )
     assert before.uniform.tolist() == [True] * 2 + [False] * 5
     assert not last.without_uniform().uniform.any()
     assert (last.without_uniform().hi[4:] == last.without_uniform().lo[4:]).all()
@@ -87,7 +91,11 @@ def test_cached_media_may_have_another_number_of_rows() -> None:
 def _block(width: int = 16, gate: float = 0.5) -> tuple[dict[str, Tensor], dict[str, Any]]:
     torch.manual_seed(0)
     tensors = {"x": torch.randn(7, width), "k": torch.randn(8, 2, 8), "v": torch.randn(8, 2, 8)}
-    weights = {"norm_weight": torch.rand(width) + 0.5, "norm_bias": torch.randn(width), "w_q": torch.randn(16, width)}
+    weights = {
+        "norm_weight": torch.rand(width) + 0.5,
+        "norm_bias": torch.randn(width),
+        "w_q": torch.randn(16, width),
+    }
     weights |= {"w_o": torch.randn(width, 16), "gate": torch.tensor([gate])}
     intervals = media_intervals(_locations(PATTERNS["two images"]), LATENTS, num_media=2)
     tensors |= {"lo": intervals.lo, "hi": intervals.hi}
@@ -139,7 +147,11 @@ def test_rows_far_from_zero_keep_their_digits(backend: str, mean: float) -> None
     tensors, weights = _block()
     tensors["x"] = tensors["x"] + mean
     with using("reference"):
-        wide = {n: t.double() if t.is_floating_point() else t for n, t in (tensors | weights).items() if n != "heads"}
+        wide = {
+            n: t.double() if t.is_floating_point() else t
+            for n, t in (tensors | weights).items()
+            if n != "heads"
+        }
         exact = gated_cross_attention(**wide, heads=2)
     y = gated_cross_attention(**tensors, **weights)
     assert (y.double() - exact).abs().max() <= 4e-7 * mean * 16
@@ -164,7 +176,9 @@ def test_bad_arguments_are_named(what: str) -> None:
 
 def test_feed_forward_names_its_bad_arguments() -> None:
     x, weights = torch.ones(2, 4), {"norm_weight": torch.ones(4), "norm_bias": None, "gate": torch.ones(1)}
-    with pytest.raises(ValueError, match="w_in: got 8 rows for w_out of 8 columns, expected twice as many with 'swiglu'"):
+    with pytest.raises(
+        ValueError, match="w_in: got 8 rows for w_out of 8 columns, expected twice as many with 'swiglu'"
+    ):
         gated_feed_forward(x, w_in=torch.ones(8, 4), w_out=torch.ones(4, 8), activation="swiglu", **weights)
     with pytest.raises(ValueError, match="activation: got 'tanh'"):
         gated_feed_forward(x, w_in=torch.ones(8, 4), w_out=torch.ones(4, 8), activation="tanh", **weights)
@@ -173,15 +187,25 @@ def test_feed_forward_names_its_bad_arguments() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"media_locations": torch.ones(2, 3)}, TypeError, "media_locations: got torch.float32, expected torch.bool"),
+        (
+            {"media_locations": torch.ones(2, 3)},
+            TypeError,
+            "media_locations: got torch.float32, expected torch.bool",
+        ),
         ({"media_locations": torch.ones(3, dtype=torch.bool)}, ValueError, r"expected 2 dimensions \[B, T\]"),
         ({"latents": 0}, ValueError, "latents: got 0"),
         ({"num_media": -1}, ValueError, "num_media: got -1"),
-        ({"media_mode": "next"}, ValueError, "media_mode: got 'next', expected one of 'last', 'all_previous'"),
+        (
+            {"media_mode": "next"},
+            ValueError,
+            "media_mode: got 'next', expected one of 'last', 'all_previous'",
+        ),
         ({"rows": 5}, ValueError, "rows: got 5, expected 3"),
     ],
 )
-def test_media_intervals_names_its_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_media_intervals_names_its_bad_arguments(
+    change: dict[str, Any], error: type[Exception], message: str
+) -> None:
     arguments = {"media_locations": torch.ones(2, 3, dtype=torch.bool), "latents": 4, "num_media": 2} | change
     with pytest.raises(error, match=message):
         media_intervals(**arguments)

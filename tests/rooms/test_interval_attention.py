@@ -14,7 +14,11 @@ from mmkernels import interval_attention, merge_attention, using
 from mmkernels.primitives._op import OPS
 from mmkernels.primitives.interval_attention.reference import dropout_keep
 
-BACKENDS = [row.backend for row in OPS["interval_attention"].rows["cpu"] if not row.present() and row.backend != "triton"]
+BACKENDS = [
+    row.backend
+    for row in OPS["interval_attention"].rows["cpu"]
+    if not row.present() and row.backend != "triton"
+]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -140,27 +144,59 @@ def test_nothing_to_do(backend: str, shape: tuple[int, int]) -> None:
     lo = torch.zeros(shape[0], dtype=torch.int32)
     out = interval_attention(q, k, v, lo, lo)
     assert out.shape == q.shape and not out.any()  # type: ignore[union-attr]
-    assert all(g.shape == x.shape for g, x in zip(torch.autograd.grad(out.sum(), (q, k, v)), (q, k, v), strict=True))  # type: ignore[union-attr]
+    assert all(
+        g.shape == x.shape for g, x in zip(torch.autograd.grad(out.sum(), (q, k, v)), (q, k, v), strict=True)
+    )  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(("lo", "hi"), [((0, 3), (4, 2)), ((0, -1), (4, 4)), ((0, 0), (4, 6))])
-def test_intervals_outside_the_keys_raise_on_cpu(backend: str, lo: tuple[int, int], hi: tuple[int, int]) -> None:
+def test_intervals_outside_the_keys_raise_on_cpu(
+    backend: str, lo: tuple[int, int], hi: tuple[int, int]
+) -> None:
     q, k, v = _qkv(2, 5)
     with pytest.raises(ValueError, match=r"lo, hi: row 1 has .*expected 0 <= lo <= hi <= 5 keys"):
         interval_attention(q, k, v, _int(*lo), _int(*hi))
 
 
 _BAD = {
-    "a rank": (lambda a: a | {"k": a["k"][0]}, ValueError, r"k: got shape \(2, 16\), expected 3 dimensions \[Tk, G, D\]"),
+    "a rank": (
+        lambda a: a | {"k": a["k"][0]},
+        ValueError,
+        r"k: got shape \(2, 16\), expected 3 dimensions \[Tk, G, D\]",
+    ),
     "a width": (lambda a: a | {"k": a["k"][..., :8]}, ValueError, r"k: got shape .* with D = 16"),
-    "a length": (lambda a: a | {"hi": a["hi"][:2]}, ValueError, r"hi: got shape \(2,\), expected \[Tq\] with Tq = 3"),
-    "a head count": (lambda a: a | {"q": torch.randn(3, 3, 16)}, ValueError, "k: got 2 heads, expected a divisor of q's 3"),
-    "a dtype": (lambda a: a | {"v": a["v"].double()}, TypeError, "v: got torch.float64, expected torch.float32 like q"),
-    "long intervals": (lambda a: a | {"lo": a["lo"].long()}, TypeError, "lo: got torch.int64, expected torch.int32"),
-    "a device": (lambda a: a | {"k": a["k"].to("meta")}, TypeError, "k: got device meta, expected cpu like q"),
+    "a length": (
+        lambda a: a | {"hi": a["hi"][:2]},
+        ValueError,
+        r"hi: got shape \(2,\), expected \[Tq\] with Tq = 3",
+    ),
+    "a head count": (
+        lambda a: a | {"q": torch.randn(3, 3, 16)},
+        ValueError,
+        "k: got 2 heads, expected a divisor of q's 3",
+    ),
+    "a dtype": (
+        lambda a: a | {"v": a["v"].double()},
+        TypeError,
+        "v: got torch.float64, expected torch.float32 like q",
+    ),
+    "long intervals": (
+        lambda a: a | {"lo": a["lo"].long()},
+        TypeError,
+        "lo: got torch.int64, expected torch.int32",
+    ),
+    "a device": (
+        lambda a: a | {"k": a["k"].to("meta")},
+        TypeError,
+        "k: got device meta, expected cpu like q",
+    ),
     "no tensor": (lambda a: a | {"q": [1.0]}, (TypeError, AttributeError), "q|list"),
     "dropout without seed": (lambda a: a | {"dropout_p": 0.1}, ValueError, "seed: got None"),
-    "dropout of one": (lambda a: a | {"dropout_p": 1.0}, ValueError, "dropout_p: got 1.0, expected 0 <= p < 1"),
+    "dropout of one": (
+        lambda a: a | {"dropout_p": 1.0},
+        ValueError,
+        "dropout_p: got 1.0, expected 0 <= p < 1",
+    ),
     "slopes": (lambda a: a | {"alibi_slopes": torch.ones(3)}, ValueError, r"alibi_slopes: got shape \(3,\)"),
 }
 

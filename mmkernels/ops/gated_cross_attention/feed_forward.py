@@ -28,9 +28,7 @@ def _fake_forward(
     )
 
 
-def _kernel_dtypes(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w_in: Tensor, *rest: Any
-) -> str:
+def _kernel_dtypes(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w_in: Tensor, *rest: Any) -> str:
     if w_in.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"dtype {w_in.dtype} runs on the reference"
     return (
@@ -67,9 +65,7 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]
     if dy is None:
         return (None,) * 9
     saved = ctx.saved_tensors
-    dx, dnw, dnb, dw_in, dw_out, dgate = BACKWARD(
-        dy, *saved, ctx.activation, ctx.eps, ctx.rms
-    )
+    dx, dnw, dnb, dw_in, dw_out, dgate = BACKWARD(dy, *saved, ctx.activation, ctx.eps, ctx.rms)
     return (
         dx,
         dnw,
@@ -124,9 +120,7 @@ def gated_feed_forward(
         )
     check_gate(gate, size["C"])
     _check.dtypes(_check.FLOATS, w_in=w_in, w_out=w_out)
-    _check.dtypes(
-        _check.FLOATS, x=x, norm_weight=norm_weight, norm_bias=norm_bias, gate=gate
-    )
+    _check.dtypes(_check.FLOATS, x=x, norm_weight=norm_weight, norm_bias=norm_bias, gate=gate)
     _check.devices(
         x=x,
         norm_weight=norm_weight,
@@ -135,6 +129,6 @@ def gated_feed_forward(
         w_out=w_out,
         gate=gate,
     )
-    return FORWARD(
-        rows, norm_weight, norm_bias, w_in, w_out, gate, activation, eps, norm == "rms"
-    )[0].view(x.shape)
+    return FORWARD(rows, norm_weight, norm_bias, w_in, w_out, gate, activation, eps, norm == "rms")[0].view(
+        x.shape
+    )

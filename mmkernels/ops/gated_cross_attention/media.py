@@ -28,9 +28,7 @@ class Intervals(NamedTuple):
         )
 
 
-def _fake_intervals(
-    media_locations: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_intervals(media_locations: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     rows = media_locations.shape[0] * rest[-1]
     new = media_locations.new_empty
     return (

@@ -38,20 +38,14 @@ def grads_like(x: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
     wide = torch.promote_types(x.dtype, torch.float32)
     absent = x.new_empty(x.shape[1], dtype=wide)
     inputs = (x, *others)
-    return tuple(
-        torch.empty_like(absent) if t is None else t.new_empty(t.shape) for t in inputs
-    )
+    return tuple(torch.empty_like(absent) if t is None else t.new_empty(t.shape) for t in inputs)
 
 
-def _fake_backward(
-    dy: Tensor, x: Tensor, k: Tensor, v: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
+def _fake_backward(dy: Tensor, x: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return grads_like(x, k, v, *rest[3:8])
 
 
-def _check_forward(
-    x: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, *rest: Any
-) -> None:
+def _check_forward(x: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, *rest: Any) -> None:
     _check.intervals(lo, hi, k.shape[0])
 
 
@@ -63,9 +57,7 @@ def _kernel_dtypes(x: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str:
         return f"x in {x.dtype} beside {k.dtype} runs on the reference"
     width = k.shape[-1]
     return (
-        ""
-        if 0 < width <= 256 and width % 8 == 0
-        else f"head width {width} is not a multiple of 8 up to 256"
+        "" if 0 < width <= 256 and width % 8 == 0 else f"head width {width} is not a multiple of 8 up to 256"
     )
 
 
@@ -98,9 +90,7 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]
     if dy is None:
         return (None,) * 14
     saved = ctx.saved_tensors
-    dx, dk, dv, dnw, dnb, dw_q, dw_o, dgate = BACKWARD(
-        dy, *saved, ctx.heads, ctx.eps, ctx.rms
-    )
+    dx, dk, dv, dnw, dnb, dw_q, dw_o, dgate = BACKWARD(dy, *saved, ctx.heads, ctx.eps, ctx.rms)
     dnb = None if saved[7] is None else dnb
     return dx, dk, dv, None, None, None, dnw, dnb, dw_q, dw_o, dgate, None, None, None
 
@@ -146,21 +136,14 @@ def gated_cross_attention(
         x=(rows, "R C"), k=(k, "Tk G D"), v=(v, "Tk G D"), lo=(lo, "R"), hi=(hi, "R"), uniform=(uniform, "R"),
         norm_weight=(norm_weight, "C"), norm_bias=(norm_bias, "C"), w_q=(w_q, "N C"), w_o=(w_o, "C N"),
     )  # fmt: skip
-    if (
-        heads <= 0
-        or size["N"] != heads * size["D"]
-        or size["G"] == 0
-        or heads % size["G"]
-    ):
+    if heads <= 0 or size["N"] != heads * size["D"] or size["G"] == 0 or heads % size["G"]:
         raise ValueError(
             f"heads: got {heads} with w_q of {size['N']} rows and k of {size['G']} heads of width {size['D']}, "
             "expected w_q to have heads * width rows and k's heads to divide heads"
         )
     check_gate(gate, size["C"])
     _check.dtypes(_check.FLOATS, k=k, v=v, w_q=w_q, w_o=w_o)
-    _check.dtypes(
-        _check.FLOATS, x=x, norm_weight=norm_weight, norm_bias=norm_bias, gate=gate
-    )
+    _check.dtypes(_check.FLOATS, x=x, norm_weight=norm_weight, norm_bias=norm_bias, gate=gate)
     _check.dtypes((torch.int32,), lo=lo, hi=hi)
     _check.dtypes((torch.bool,), uniform=uniform)
     _check.devices(
@@ -175,13 +158,9 @@ def gated_cross_attention(
         gate=gate,
     )
     weights = (norm_weight, norm_bias, w_q, w_o, gate)
-    return FORWARD(rows, k, v, lo, hi, uniform, *weights, heads, eps, norm == "rms")[
-        0
-    ].view(x.shape)
+    return FORWARD(rows, k, v, lo, hi, uniform, *weights, heads, eps, norm == "rms")[0].view(x.shape)
 
 
 def check_gate(gate: Tensor, width: int) -> None:
     if gate.dim() != 1 or gate.shape[0] not in (1, width):
-        raise ValueError(
-            f"gate: got shape {tuple(gate.shape)}, expected [1] or [{width}]"
-        )
+        raise ValueError(f"gate: got shape {tuple(gate.shape)}, expected [1] or [{width}]")

@@ -70,9 +70,7 @@ def _norm_backward(
 
 
 def _wide(*tensors: Tensor | None) -> list[Tensor]:
-    dtype = torch.promote_types(
-        next(t for t in tensors if t is not None).dtype, torch.float32
-    )
+    dtype = torch.promote_types(next(t for t in tensors if t is not None).dtype, torch.float32)
     return [t if t is None else t.to(dtype) for t in tensors]  # type: ignore[misc]
 
 
@@ -97,9 +95,7 @@ def forward(
     rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y [R,C] and what backward wants: o [R,H,D], lse [H,R], mean [R], rstd [R]."""
-    x_, k_, v_, nw, nb, wq, wo, g = _wide(
-        x, k, v, norm_weight, norm_bias, w_q, w_o, gate
-    )
+    x_, k_, v_, nw, nb, wq, wo, g = _wide(x, k, v, norm_weight, norm_bias, w_q, w_o, gate)
     unit, mean, rstd = _norm(x_, eps, rms)
     q = (_affine(unit, nw, nb) @ wq.T).unflatten(1, (heads, -1))
     o, lse = attention.forward(q[None], k_[None], v_[None], *_rules(lo, hi, uniform, q))
@@ -108,9 +104,7 @@ def forward(
     return y.to(x.dtype), o.to(k.dtype), lse.squeeze(0), mean, rstd
 
 
-def _rules(
-    lo: Tensor, hi: Tensor, uniform: Tensor | None, q: Tensor
-) -> tuple[object, ...]:
+def _rules(lo: Tensor, hi: Tensor, uniform: Tensor | None, q: Tensor) -> tuple[object, ...]:
     uniform = None if uniform is None else uniform[None]
     return lo[None], hi[None], uniform, None, None, 1 / math.sqrt(q.shape[-1]), 0.0
 
@@ -137,9 +131,7 @@ def backward(
     rms: bool,
 ) -> tuple[Tensor, ...]:
     """dx, dk, dv, dnorm_weight, dnorm_bias (zeros without a bias), dw_q, dw_o, dgate."""
-    dy_, x_, k_, v_, nw, nb, wq, wo, g, o_ = _wide(
-        dy, x, k, v, norm_weight, norm_bias, w_q, w_o, gate, o
-    )
+    dy_, x_, k_, v_, nw, nb, wq, wo, g, o_ = _wide(dy, x, k, v, norm_weight, norm_bias, w_q, w_o, gate, o)
     unit, _, rstd = _norm(x_, eps, rms)
     normed = _affine(unit, nw, nb)
     q = (normed @ wq.T).unflatten(1, (heads, -1))
@@ -171,18 +163,14 @@ def backward(
     return _like(grads, (x, k, v, norm_weight, norm_bias, w_q, w_o, gate))
 
 
-def _gate_backward(
-    dy: Tensor, inner: Tensor, w_out: Tensor, t: Tensor
-) -> tuple[Tensor, Tensor]:
+def _gate_backward(dy: Tensor, inner: Tensor, w_out: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the output weight [C, N] and the gate ([1] or [C]) for y = x + t * (inner w_out^T)."""
     u = dy.T @ inner
     dgate = (1 - t * t) * (u * w_out).sum(1)
     return t.unsqueeze(-1) * u, dgate if t.numel() > 1 else dgate.sum().view_as(t)
 
 
-def _like(
-    grads: tuple[Tensor, ...], inputs: tuple[Tensor | None, ...]
-) -> tuple[Tensor, ...]:
+def _like(grads: tuple[Tensor, ...], inputs: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
     """Gradients in their inputs' dtypes, contiguous; an absent input's gradient keeps its own."""
     return tuple(
         g.contiguous() if x is None else g.to(x.dtype).contiguous()
@@ -245,9 +233,7 @@ def feed_forward_backward(
     rms: bool,
 ) -> tuple[Tensor, ...]:
     """dx, dnorm_weight, dnorm_bias (zeros without a bias), dw_in, dw_out, dgate."""
-    dy_, x_, nw, nb, win, wout, g = _wide(
-        dy, x, norm_weight, norm_bias, w_in, w_out, gate
-    )
+    dy_, x_, nw, nb, win, wout, g = _wide(dy, x, norm_weight, norm_bias, w_in, w_out, gate)
     unit, _, rstd = _norm(x_, eps, rms)
     normed = _affine(unit, nw, nb)
     h_ = normed @ win.T

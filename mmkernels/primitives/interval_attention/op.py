@@ -12,30 +12,24 @@ from mmkernels.primitives import _check
 from mmkernels.primitives._op import Op
 from mmkernels.primitives.interval_attention import reference
 
-_RULES = "Tensor lo, Tensor hi, Tensor? uniform, Tensor? alibi_slopes, Tensor? seed, float scale, float dropout_p"
+_RULES = (
+    "Tensor lo, Tensor hi, Tensor? uniform, Tensor? alibi_slopes, Tensor? seed, float scale, float dropout_p"
+)
 
 
-def _fake_forward(
-    q: Tensor, k: Tensor, v: Tensor, *rules: Any
-) -> tuple[Tensor, Tensor]:
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rules: Any) -> tuple[Tensor, Tensor]:
     b, t, h, _ = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
-        (b, h, t), dtype=wide
-    )
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty((b, h, t), dtype=wide)
 
 
 def _fake_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return tuple(
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)
-    )
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
-def _check_forward(
-    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, *rest: Any
-) -> None:
+def _check_forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, *rest: Any) -> None:
     _check.intervals(lo, hi, k.shape[1])
 
 
@@ -45,9 +39,7 @@ def _kernel_head_dim(q: Tensor) -> str:
         return f"dtype {q.dtype} runs on the reference"
     width = q.shape[-1]
     return (
-        ""
-        if 0 < width <= 256 and width % 8 == 0
-        else f"head width {width} is not a multiple of 8 up to 256"
+        "" if 0 < width <= 256 and width % 8 == 0 else f"head width {width} is not a multiple of 8 up to 256"
     )
 
 
@@ -73,9 +65,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.set_materialize_grads(False)
 
 
-def _backward(
-    ctx: Any, dout: Tensor | None, dlse: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None and dlse is None:
         return (None,) * 10
     saved = ctx.saved_tensors
@@ -160,9 +150,7 @@ def _check_arguments(
         alibi_slopes=(alibi_slopes, "H"),
     )
     if size["G"] == 0 or size["H"] % size["G"]:
-        raise ValueError(
-            f"k: got {size['G']} heads, expected a divisor of q's {size['H']} heads"
-        )
+        raise ValueError(f"k: got {size['G']} heads, expected a divisor of q's {size['H']} heads")
     _check.dtypes(_check.FLOATS, q=q, k=k, v=v)
     _check.dtypes((torch.int32,), lo=lo, hi=hi)
     _check.dtypes((torch.bool,), uniform=uniform)
@@ -178,17 +166,11 @@ def _check_arguments(
     )
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: got {dropout_p}, expected 0 <= p < 1")
-    if dropout_p > 0 and (
-        seed is None or seed.numel() != 1 or seed.dtype != torch.int64
-    ):
-        raise ValueError(
-            f"seed: got {seed!r}, expected an int64 tensor of one element when dropout_p > 0"
-        )
+    if dropout_p > 0 and (seed is None or seed.numel() != 1 or seed.dtype != torch.int64):
+        raise ValueError(f"seed: got {seed!r}, expected an int64 tensor of one element when dropout_p > 0")
 
 
-def merge_attention(
-    outs: Sequence[Tensor], lses: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
+def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Exact attention over the union of a row's disjoint intervals, from one `interval_attention` result for each.
 
     `out = sum_n exp(lse_n - lse) out_n`, `lse = log sum_n exp(lse_n)`.
@@ -199,9 +181,7 @@ def merge_attention(
     **Speed** plain PyTorch: one pass over the outputs.
     """
     if len(outs) != len(lses) or not outs:
-        raise ValueError(
-            f"lses: got {len(lses)} for {len(outs)} outs, expected one for each, at least one"
-        )
+        raise ValueError(f"lses: got {len(lses)} for {len(outs)} outs, expected one for each, at least one")
     for n, (out, lse) in enumerate(zip(outs, lses, strict=True)):
         if out.shape != outs[0].shape or lse.shape != out.shape[:-1]:
             raise ValueError(

@@ -26,9 +26,7 @@ class _Weights(NamedTuple):
     scores: Tensor
     seen: Tensor
     keep: Tensor | float
-    learns: (
-        Tensor  # [B,1,T,1] rows whose scores carry gradient: neither empty nor uniform
-    )
+    learns: Tensor  # [B,1,T,1] rows whose scores carry gradient: neither empty nor uniform
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -158,6 +156,4 @@ def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     empty = total == 0
     weights = e / torch.where(empty, 1, total)
     out = (weights.unsqueeze(-1) * outs.to(wide)).sum(0)
-    return out.to(outs.dtype), torch.where(
-        empty, -torch.inf, top + torch.where(empty, 1, total).log()
-    )
+    return out.to(outs.dtype), torch.where(empty, -torch.inf, top + torch.where(empty, 1, total).log())
