@@ -22,7 +22,7 @@ def _attention(dtype: torch.dtype = torch.float32, width: int = 8) -> tuple[torc
 def test_a_forced_backend_is_honoured_or_raises() -> None:
     with using("cuda"), pytest.raises(RuntimeError, match=r"cannot run as asked by using\(cuda\)"):
         mmkernels.interval_attention(*_attention())
-    with using("cpp"), pytest.raises(RuntimeError, match="head width 20|not compiled"):
+    with using("cpp"), pytest.raises(RuntimeError, match=r"head width 20|not compiled"):
         mmkernels.interval_attention(*_attention(width=20))
     with using("cuda", "reference"):
         mmkernels.interval_attention(*_attention())

@@ -100,7 +100,8 @@ def gated_feed_forward(
     `y = x + tanh(gate) * (act(norm(x) w_in^T) w_out^T)`; "gelu" is the exact erf form, "swiglu" reads the rows of w_in as
     [gate; up] and computes `silu(gate) * up`.
 
-    **Shapes** x `[..., C]`; w_in `[N, C]` (`[2N, C]` for "swiglu"); w_out `[C, N]`; norm_weight, norm_bias `[C]`; gate `[1]` or `[C]`.
+    **Shapes** x `[..., C]`; w_in `[N, C]` (`[2N, C]` for "swiglu"); w_out `[C, N]`; norm_weight, norm_bias `[C]`;
+    gate `[1]` or `[C]`.
     **Dtypes** as `gated_cross_attention`. **Gradient** every tensor; deterministic; once differentiable.
     **Edge** gate 0 returns x, and still gives the gate its gradient.
     **Raises** ValueError for shapes and names, TypeError for dtypes and devices.

@@ -62,8 +62,8 @@ def media_intervals(
     With t the number of media tokens up to and including a position: "last" sees `[(t-1) latents, t latents)`,
     "all_previous" sees `[0, min(t, num_media) latents)`, each offset by its sample.
 
-    **Shapes** media_locations `[B, T]`, True at media tokens; the result has `B * T` rows. With `use_cached_media` every row has
-    the sample's total count and there are `B * rows` rows (`rows` = T when None): the text being decoded.
+    **Shapes** media_locations `[B, T]`, True at media tokens; the result has `B * T` rows. With `use_cached_media` every
+    row has the sample's total count and there are `B * rows` rows (`rows` = T when None): the text being decoded.
     **Dtypes** bool in; int32, int32, bool out. **Gradient** none.
     **Edge** as published: "last" before any image is empty, past the last medium it is uniform over all latents of the sample;
     "all_previous" before any image is uniform over all. `attend_previous=False` (Otter) gives text the image after it.

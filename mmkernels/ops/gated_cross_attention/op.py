@@ -122,7 +122,7 @@ def gated_cross_attention(
 
     **Shapes** x `[..., C]` with R rows; k, v `[Tk, G, D]`, G divides heads; lo, hi, uniform `[R]`; w_q `[heads * D, C]`,
     w_o `[C, heads * D]`; norm_weight, norm_bias `[C]`; gate `[1]` or `[C]`. Returns y like x.
-    **Dtypes** float32, bfloat16, float16, float64. x, the norm and the gate may be float32 beside lower k, v, w_q, w_o, which is
+    **Dtypes** float32, bfloat16, float16, float64. x, the norm and the gate may be float32 beside lower k, v, w_q, w_o: that is
     what autocast makes of float32 inputs. Statistics, softmax and sums in float32.
     **Gradient** x, k, v, norm, w_q, w_o, gate (exact at gate 0 too); deterministic; once differentiable.
     **Edge** rows with an empty interval return x; `uniform` rows average v. Scores are scaled by D^-1/2.

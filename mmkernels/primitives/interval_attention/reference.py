@@ -9,7 +9,7 @@ Widened to float32 (float64 stays). Keys and values that no row sees are zeroed 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,9 +97,9 @@ def _softmax(w: _Weights) -> tuple[Tensor, Tensor]:
     return e / torch.where(empty, 1, total), lse.squeeze(-1)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, *rules: object) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, *rules: Any) -> tuple[Tensor, Tensor]:
     """out [B,Tq,H,D] in q's dtype, lse [B,H,Tq] widened. `rules`: lo, hi, uniform, alibi_slopes, seed, scale, dropout_p."""
-    w = _weights(q, k, v, *rules)  # type: ignore[arg-type]
+    w = _weights(q, k, v, *rules)
     p, lse = _softmax(w)
     out = (p * w.keep) @ w.v
     return out.transpose(1, 2).to(
@@ -115,13 +115,13 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    *rules: object,
+    *rules: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv. With delta[t] = sum_j p dp: ds = p (dp - delta + dlse), dq = scale ds k, dk = scale ds^T q, dv = p^T dout.
 
     `out` and `lse` are what faster kernels start from; the law recomputes them.
     """
-    w = _weights(q, k, v, *rules)  # type: ignore[arg-type]
+    w = _weights(q, k, v, *rules)
     scale = rules[-2]
     p, _ = _softmax(w)
     rows = w.seen.any(-1, keepdim=True)
