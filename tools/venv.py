@@ -95,7 +95,7 @@ def has(python: Path, package: str) -> bool:
 def main() -> None:
     folder = Path(sys.argv[1]).resolve()
     python = folder / "bin" / "python"
-    pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    pip = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
     if not python.exists():
         create_with_torch(folder)
     if not has(python, "torch"):
