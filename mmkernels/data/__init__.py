@@ -1,0 +1,30 @@
+"""Pictures with captions, from disk to batches; used by training and inference, knows neither them nor the models."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+
+from mmkernels.data import digits, stamps
+from mmkernels.data.dataset import Dataset as Dataset
+from mmkernels.data.images import ImageError as ImageError
+from mmkernels.data.sequences import Batch as Batch
+from mmkernels.data.sequences import Sequences as Sequences
+from mmkernels.data.tokenizer import Tokenizer as Tokenizer
+
+_BUILDERS: dict[str, Callable[[], Dataset]] = {"digits": digits.build, "stamps": stamps.build}
+
+
+def names() -> list[str]:
+    """The datasets that `build` knows."""
+    return sorted(_BUILDERS)
+
+
+def build(name: str) -> Dataset:
+    """A dataset by name. **Raises** ValueError for an unknown name; ImportError, FileNotFoundError when not installed."""
+    if name not in _BUILDERS:
+        near = difflib.get_close_matches(name, _BUILDERS, 1, 0) or names()
+        raise ValueError(
+            f"data {name!r} is unknown, did you mean {near[0]!r}? There are: {', '.join(names())}"
+        )
+    return _BUILDERS[name]()
