@@ -13,24 +13,40 @@ import torch
 from torch import Tensor
 
 Inputs = dict[str, Any]
+Peer = Callable[[Inputs], Callable[[], Tensor]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One shape. `sizes` goes to the room's maker; `dtypes` are the ones tested (float64 is always the exact answer)."""
+    """One shape. `sizes` goes to the room's maker; `dtypes` are the ones run (float64 is always the exact answer).
+
+    For the bench: the `passes` that make sense, and whether this is a `headline`, shown first and timed against compiled
+    peers too, which take seconds to build.
+    """
 
     name: str
     sizes: Mapping[str, Any]
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    passes: tuple[str, ...] = ("fwd", "fwd+bwd")
+    headline: bool = False
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The floor of one forward pass: useful FLOPs, and bytes that must move once (`backward` multiplies the FLOPs)."""
+    """The floor of one forward pass: useful FLOPs, and bytes that must move once.
+
+    `backward` and `backward_bytes` say how many times as much the backward pass needs: inputs are read again beside the
+    incoming gradient, and as many gradients are written.
+    """
 
     flops: float
     bytes: float
     backward: float = 2.5
+    backward_bytes: float = 2.0
+
+
+class Unsuited(Exception):
+    """A peer cannot compute these inputs, or nobody would ask it to; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +55,8 @@ class Room:
 
     `make(seed, dtype, device, **sizes)` gives the inputs by name; `call(inputs)` the op's outputs, the first of which peers
     produce too; `differentiable` names the inputs that get gradients. A peer takes the inputs, prepares its metadata (masks,
-    segment lists) and returns the function to time. `eager` is required: the accuracy rule measures against it.
+    segment lists) and returns the function to time, or raises `Unsuited`. `eager` is required: the accuracy rule measures
+    against it.
     """
 
     name: str
@@ -49,7 +66,7 @@ class Room:
     tests: tuple[Case, ...]
     bench: tuple[Case, ...]
     cost: Callable[[Inputs], Cost]
-    peers: Mapping[str, Callable[[Inputs], Callable[[], Tensor]]] = field(default_factory=dict)
+    peers: Mapping[str, Peer] = field(default_factory=dict)
     ops: tuple[str, ...] = ()  # the operators behind `call`, forward then backward
 
 
