@@ -1,5 +1,7 @@
 """mmkernels: fused kernels for multimodal language models, as torch ops and as a full-model stack."""
 
+import importlib
+
 from mmkernels import _native as _native
 from mmkernels._version import __version__ as __version__
 from mmkernels.ops.gated_cross_attention import Intervals as Intervals
@@ -15,3 +17,10 @@ from mmkernels.primitives.interval_attention import (
     interval_attention as interval_attention,
 )
 from mmkernels.primitives.interval_attention import merge_attention as merge_attention
+
+
+def __getattr__(name: str) -> object:
+    """The upper floors load when first asked for, so that the ops alone stay light to import."""
+    if name in ("layers", "models", "weights"):
+        return importlib.import_module(f"mmkernels.{name}")
+    raise AttributeError(f"module 'mmkernels' has no attribute {name!r}")

@@ -1,0 +1,14 @@
+"""Modules over the ops: what models are built from."""
+
+from mmkernels.layers.attention import KVCache as KVCache
+from mmkernels.layers.attention import rotary_table as rotary_table
+from mmkernels.layers.decoder import Block as Block
+from mmkernels.layers.decoder import BlockConfig as BlockConfig
+from mmkernels.layers.decoder import Decoder as Decoder
+from mmkernels.layers.decoder import DecoderConfig as DecoderConfig
+from mmkernels.layers.gated_cross_attention import GatedCrossAttentionBlock as GatedCrossAttentionBlock
+from mmkernels.layers.gated_cross_attention import project_media_all as project_media_all
+from mmkernels.layers.mlp import MLP as MLP
+from mmkernels.layers.resampler import PerceiverResampler as PerceiverResampler
+from mmkernels.layers.vision import VisionConfig as VisionConfig
+from mmkernels.layers.vision import VisionTower as VisionTower

@@ -1,0 +1,166 @@
+"""One transformer block and one decoder for every language model of the library: the differences are fields of a config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmkernels.layers.attention import (
+    KVCache,
+    SelfAttention,
+    Visibility,
+    alibi_slopes,
+    rotary_table,
+)
+from mmkernels.layers.mlp import MLP
+from mmkernels.layers.norm import make_norm
+from mmkernels.primitives import _check
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """A pre-norm transformer block: `x += attention(norm(x)); x += mlp(norm(x))`, or both from one norm when `parallel`."""
+
+    width: int
+    heads: int
+    hidden: int
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    activation: str = "gelu"
+    norm: str = "layer"
+    norm_bias: bool = True
+    eps: float = 1e-5
+    qkv_bias: bool = True
+    out_bias: bool = True
+    mlp_bias: bool = True
+    qk_norm: str | None = None
+    parallel: bool = False
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A causal language model around its blocks. `positions`: "alibi", "rotary", "learned" or "none"."""
+
+    block: BlockConfig
+    layers: int
+    vocab: int
+    positions: str = "rotary"
+    rotary_base: float = 10_000.0
+    rotary_fraction: float = 1.0
+    max_positions: int = 2048
+    position_offset: int = 0
+    window: int | None = None
+    tied: bool = False
+    head_bias: bool = False
+
+
+class Block(nn.Module):
+    """See `BlockConfig`."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.attention_norm = make_norm(c.norm, c.width, eps=c.eps, bias=c.norm_bias)
+        self.attention = SelfAttention(
+            c.width, c.heads, kv_heads=c.kv_heads, head_dim=c.head_dim, qkv_bias=c.qkv_bias, out_bias=c.out_bias,
+            qk_norm=c.qk_norm, norm=c.norm, norm_bias=c.norm_bias,
+        )  # fmt: skip
+        self.mlp_norm = None if c.parallel else make_norm(c.norm, c.width, eps=c.eps, bias=c.norm_bias)
+        self.mlp = MLP(c.width, c.hidden, c.activation, bias=c.mlp_bias)
+
+    def forward(self, x: Tensor, seen: Visibility, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        """x `[B, T, C]` -> the same shape; with a cache the T rows continue what `layer` has stored."""
+        normed = self.attention_norm(x)
+        attended = self.attention(normed, seen, cache, layer)
+        if self.mlp_norm is None:
+            return x + attended + self.mlp(normed)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Decoder(nn.Module):
+    """Token embedding, blocks, final norm and output head. The loop over blocks belongs to whoever places things between them.
+
+    `special` are token ids whose embedding rows live apart, in `special_rows`, and can be trained while the table is frozen:
+    the frozen table is then never touched by an optimizer, not even by its weight decay. With a tied head they answer for
+    these tokens' logits too.
+    """
+
+    def __init__(self, config: DecoderConfig, special: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        c = self.config = config
+        _check.choice("positions", c.positions, ("alibi", "rotary", "learned", "none"))
+        self.special = special
+        self.embedding = nn.Embedding(c.vocab, c.block.width)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.special_rows = nn.Parameter(torch.empty(len(special), c.block.width).normal_(std=0.02))
+        if c.positions == "learned":
+            self.position_embedding = nn.Embedding(c.max_positions + c.position_offset, c.block.width)
+        self.blocks = nn.ModuleList(Block(c.block) for _ in range(c.layers))
+        self.norm = make_norm(c.block.norm, c.block.width, eps=c.block.eps, bias=c.block.norm_bias)
+        self.head = None if c.tied else nn.Linear(c.block.width, c.vocab, c.head_bias)
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        b, weight = self.config.block, self.blocks[0].attention.qkv.weight
+        shape = (self.config.layers, batch, capacity, b.kv_heads or b.heads, b.head_dim or b.width // b.heads)
+        return KVCache(shape, dtype=weight.dtype, device=weight.device)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """`[B, T]` ids -> `[B, T, C]`."""
+        x = self.embedding(ids)
+        for row, token in zip(self.special_rows, self.special, strict=True):
+            x = torch.where((ids == token).unsqueeze(-1), row, x)
+        return x
+
+    def add_positions(self, x: Tensor, positions: Tensor) -> Tensor:
+        if self.config.positions != "learned":
+            return x
+        return x + self.position_embedding(positions + self.config.position_offset)
+
+    def positions(self, mask: Tensor | None, shape: tuple[int, int], cache: KVCache | None) -> Tensor:
+        """int32 `[B, T]`: tokens count from the first one that is not padding; padding before it counts as 0."""
+        start, offset = _start(mask, cache), 0 if cache is None else cache.length
+        device = self.embedding.weight.device
+        t = torch.arange(offset, offset + shape[1], dtype=torch.int32, device=device).expand(shape)
+        return t if start is None else (t - start.unsqueeze(1)).clamp(min=0)
+
+    def visibility(self, mask: Tensor | None, positions: Tensor, cache: KVCache | None) -> Visibility:
+        """Causal intervals: a row sees `[first token, itself]`, within the window; padding rows on the left see nothing."""
+        c, offset = self.config, 0 if cache is None else cache.length
+        start, (b, t) = _start(mask, cache), positions.shape
+        index = torch.arange(offset, offset + t, dtype=torch.int32, device=positions.device).expand(b, t)
+        hi = index + 1
+        if mask is not None:  # padding on the right sees what the last token sees
+            end = offset + t - mask.flip(1).to(torch.int8).argmax(1).int()
+            hi = torch.minimum(hi, end.unsqueeze(1))
+        lo = torch.zeros_like(index) if start is None else start.unsqueeze(1).expand(b, t)
+        if c.window is not None:
+            lo = torch.maximum(lo, index + 1 - c.window)
+        hi = torch.maximum(hi, lo)
+        rotary = slopes = None
+        if c.positions == "rotary":
+            width = int((c.block.head_dim or c.block.width // c.block.heads) * c.rotary_fraction)
+            rotary = rotary_table(positions, width, c.rotary_base, self.embedding.weight.dtype)
+        if c.positions == "alibi":
+            slopes = alibi_slopes(c.block.heads, positions.device)
+        return Visibility(lo, hi, rotary, slopes)
+
+    def logits(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        if self.head is not None:
+            return self.head(x)
+        logits = F.linear(x, self.embedding.weight)
+        if not self.special:
+            return logits
+        index = torch.tensor(self.special, device=x.device)
+        return logits.index_copy_(-1, index, F.linear(x, self.special_rows))
+
+
+def _start(mask: Tensor | None, cache: KVCache | None) -> Tensor | None:
+    """int32 `[B]` padding tokens before each row's first token; a cache that has begun remembers its own."""
+    if cache is not None and cache.length > 0:
+        return cache.start
+    return None if mask is None else mask.to(torch.int8).argmax(1).int()

@@ -1,0 +1,54 @@
+"""Whole models, built by name."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Iterator
+
+import torch
+
+from mmkernels.models.base import Cache as Cache
+from mmkernels.models.base import MultimodalModel as MultimodalModel
+from mmkernels.models.base import Output as Output
+from mmkernels.models.base import Tokens as Tokens
+from mmkernels.models.flamingo import Flamingo as Flamingo
+from mmkernels.models.flamingo import FlamingoConfig as FlamingoConfig
+from mmkernels.models.flamingo import flamingo_labels as flamingo_labels
+from mmkernels.models.presets import PRESETS as _PRESETS
+from mmkernels.models.stages import Stage as Stage
+
+_FAMILIES = {FlamingoConfig: Flamingo}
+
+
+def list() -> tuple[str, ...]:
+    """The names that `build` knows."""
+    return tuple(sorted(_PRESETS))
+
+
+def config(name: str) -> FlamingoConfig:
+    """The frozen config behind a name; change it with `dataclasses.replace` and give it to `build`."""
+    if name not in _PRESETS:
+        near = difflib.get_close_matches(name, _PRESETS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(sorted(_PRESETS))}"
+        raise ValueError(f"name: got {name!r}, no such model; {hint}")
+    return _PRESETS[name]
+
+
+def build(
+    name: str | FlamingoConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> MultimodalModel:
+    """A model with fresh parameters, from a preset's name or a config; on `torch.device("meta")` it costs no memory."""
+    chosen = config(name) if isinstance(name, str) else name
+    with _default_dtype(dtype), torch.device(torch.get_default_device() if device is None else device):
+        return _FAMILIES[type(chosen)](chosen)
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(before if dtype is None else dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

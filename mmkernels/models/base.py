@@ -1,0 +1,218 @@
+"""The forward skeleton of every family: media -> tokens -> spliced or cross-attended decoder -> logits; and generation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmkernels.layers.attention import KVCache
+from mmkernels.layers.decoder import Decoder
+from mmkernels.models.sampling import Sampler
+from mmkernels.primitives import _check
+
+IGNORE = -100  # the label of a position that is not predicted
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The token ids a model knows by meaning."""
+
+    image: int
+    end_of_chunk: int
+    end_of_text: int
+    pad: int
+
+
+@dataclass
+class Cache:
+    """What a sequence being continued keeps: text keys and values, and whatever the family keeps of its media."""
+
+    text: KVCache
+    media: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        return self.text.length
+
+
+@dataclass
+class Output:
+    """loss (scalar, with labels), logits `[B, T, V]`, and the cache that was passed in, now longer."""
+
+    logits: Tensor
+    loss: Tensor | None = None
+    cache: Cache | None = None
+
+
+class MultimodalModel(nn.Module):
+    """A decoder that is told about media. A family says how media become tokens and where they meet the text."""
+
+    lm: Decoder
+    tokens: Tokens
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Pictures or videos -> media tokens, the connector's output."""
+        raise NotImplementedError
+
+    def embed(self, input_ids: Tensor, media: Tensor | None) -> Tensor:
+        """Token embeddings; families that splice media into the text do it here."""
+        return self.lm.embed(input_ids)
+
+    def condition(self, input_ids: Tensor, media: Tensor | None, cache: Cache | None) -> Any:
+        """Prepares what the blocks' neighbours need of the media, once for all layers."""
+
+    def before_block(self, index: int, x: Tensor, condition: Any) -> Tensor:
+        return x
+
+    def after_block(self, index: int, x: Tensor, condition: Any) -> Tensor:
+        return x
+
+    def forward(
+        self,
+        images: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        media: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Output:
+        """One pass over a batch, or over the next tokens of a cached one.
+
+        **Shapes** images `[B, I, 3, H, W]` or, for videos, `[B, I, F, 3, H, W]`; input_ids `[B, T]`; attention_mask bool
+        `[B, T]`, each row's tokens one run, padding on either side (only on the left with a cache); labels `[B, T]`, -100 where
+        nothing is predicted; media instead of images: what `encode` gave.
+        **Gradient** the parameters that `Stage.freeze` leaves trainable. With a cache: none.
+        **Edge** no valid label: loss 0. **Raises** ValueError for shapes, token ids out of range (on CPU) and padding with holes.
+        """
+        if input_ids is None:
+            raise ValueError("input_ids: got None, expected token ids [B, T]")
+        self._check(input_ids, attention_mask, labels, cache)
+        if media is None and images is not None:
+            media = self.encode(images)
+        text = None if cache is None else cache.text
+        if text is not None and text.length == 0 and attention_mask is not None:
+            text.start.copy_(attention_mask.to(torch.int8).argmax(1))
+        shape = (input_ids.shape[0], input_ids.shape[1])
+        positions = self.lm.positions(attention_mask, shape, text)
+        seen = self.lm.visibility(attention_mask, positions, text)
+        condition = self.condition(input_ids, media, cache)
+        x = self.lm.add_positions(self.embed(input_ids, media), positions)
+        for index, block in enumerate(self.lm.blocks):
+            x = self.before_block(index, x, condition)
+            x = block(x, seen, text, index)
+            x = self.after_block(index, x, condition)
+        if text is not None:
+            text.length += shape[1]
+        logits = self.lm.logits(x)
+        loss = None if labels is None else next_token_loss(logits, labels)
+        return Output(logits, loss, cache)
+
+    def _check(self, ids: Tensor, mask: Tensor | None, labels: Tensor | None, cache: Cache | None) -> None:
+        _check.shapes(input_ids=(ids, "B T"), attention_mask=(mask, "B T"), labels=(labels, "B T"))
+        _check.dtypes((torch.int64, torch.int32), input_ids=ids)
+        _check.dtypes((torch.bool,), attention_mask=mask)
+        _check.dtypes((torch.int64,), labels=labels)
+        if (
+            cache is not None
+            and torch.is_grad_enabled()
+            and any(p.requires_grad for p in self.lm.parameters())
+        ):
+            raise ValueError("cache: got one while gradients are recorded, expected torch.no_grad()")
+        if ids.device.type != "cpu":
+            return  # looking at values would make the host wait
+        vocab = self.lm.config.vocab
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocab):
+            raise ValueError(
+                f"input_ids: got ids {int(ids.min())} to {int(ids.max())}, expected 0 to {vocab - 1}"
+            )
+        if mask is not None:
+            starts = (mask[:, 1:] & ~mask[:, :-1]).sum(1) + mask[:, 0].long()
+            if bool((starts > 1).any()):
+                raise ValueError(
+                    "attention_mask: got a row with a hole, expected one run of tokens in each row"
+                )
+            if cache is not None and not bool((mask[:, -1]).all()):
+                raise ValueError(
+                    "attention_mask: got padding on the right, expected it on the left with a cache"
+                )
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """Room for `capacity` tokens of each of `batch` sequences."""
+        return Cache(self.lm.new_cache(batch, capacity))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        images: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        media: Tensor | None = None,
+        max_new_tokens: int = 32,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop: Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continues prompts token by token, keeping keys and values of text and media.
+
+        `temperature=0` takes the likeliest token; otherwise tokens are drawn from the `top_k` likeliest, and of those from the
+        fewest that together have probability `top_p`. A row ends at a token of `stop` (end of text and end of chunk unless
+        given), which is part of the answer.
+
+        **Shapes** as `forward`; prompts of unequal length are padded on either side. Returns the new ids `[B, N]`,
+        N <= max_new_tokens, rows padded on the right after their end.
+        **Edge** each row gives what it would give alone. **Raises** ValueError for shapes and numbers out of range.
+        """
+        if input_ids is None:
+            raise ValueError("input_ids: got None, expected token ids [B, T]")
+        _check.shapes(input_ids=(input_ids, "B T"), attention_mask=(attention_mask, "B T"))
+        _check.positive(max_new_tokens=max_new_tokens, tokens=input_ids.shape[1])
+        sampler = Sampler(temperature, top_k, top_p, generator)
+        stop = (self.tokens.end_of_text, self.tokens.end_of_chunk) if stop is None else tuple(stop)
+        ids, mask = pad_left(input_ids, attention_mask, self.tokens.pad)
+        cache = self.new_cache(ids.shape[0], ids.shape[1] + max_new_tokens)
+        done = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+        answer: list[Tensor] = []
+        for _ in range(max_new_tokens):
+            logits = self(images, ids, mask, media=media, cache=cache).logits[:, -1]
+            images = media = mask = None
+            token = torch.where(done, self.tokens.pad, sampler(logits))
+            answer.append(token)
+            for end in stop:
+                done = done | (token == end)
+            if bool(done.all()):
+                break
+            ids = token.unsqueeze(1)
+        return torch.stack(answer, dim=1)
+
+
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy, in float32, of each position's logits `[B, T, V]` against the next label `[B, T]`; 0 without labels."""
+    targets = F.pad(
+        labels[:, 1:], (0, 1), value=IGNORE
+    )  # shifting the labels copies less than shifting the logits
+    total = F.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    return total / (targets != IGNORE).sum().clamp(min=1)
+
+
+def pad_left(ids: Tensor, mask: Tensor | None, pad: int) -> tuple[Tensor, Tensor | None]:
+    """Moves the padding of every row to the left, so that rows go on where they end; None stays None."""
+    if mask is None:
+        return ids, None
+    t = ids.shape[1]
+    first = mask.to(torch.int8).argmax(1, keepdim=True)
+    count = mask.sum(1, keepdim=True)
+    index = torch.arange(t, device=ids.device).expand_as(ids)
+    valid = index >= t - count
+    source = (index - (t - count) + first).clamp(0, t - 1)
+    return torch.where(valid, ids.gather(1, source), pad), valid

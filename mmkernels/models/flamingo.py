@@ -1,0 +1,219 @@
+"""Flamingo: a frozen vision tower and a frozen language model, joined by a resampler and gated cross-attention.
+
+Systems: Flamingo and OpenFlamingo, MIMIC-IT/Otter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mmkernels.layers.decoder import Decoder, DecoderConfig
+from mmkernels.layers.gated_cross_attention import (
+    GatedCrossAttentionBlock,
+    KeysValues,
+    project_media_all,
+)
+from mmkernels.layers.resampler import PerceiverResampler
+from mmkernels.layers.vision import VisionConfig, VisionTower
+from mmkernels.models.base import IGNORE, Cache, MultimodalModel, Tokens
+from mmkernels.models.stages import Stage
+from mmkernels.ops.gated_cross_attention import Intervals
+from mmkernels.primitives import _check
+
+
+@dataclass(frozen=True)
+class ResamplerConfig:
+    """Arguments of `PerceiverResampler`; its width is the vision tower's."""
+
+    depth: int = 6
+    heads: int = 8
+    head_dim: int = 64
+    latents: int = 64
+    ff_mult: float = 4
+    max_frames: int | None = None
+    max_media: int | None = None
+    ffn: str = "gelu"
+    qk_norm: bool = False
+
+
+@dataclass(frozen=True)
+class CrossConfig:
+    """Arguments of `GatedCrossAttentionBlock`, and where the blocks stand.
+
+    `placement` (layers count from 0): "open_flamingo" before layers i with (i + 1) % every == 0, "idefics" before layers with
+    i % every == 0, "after" after those.
+    """
+
+    every: int
+    placement: str = "open_flamingo"
+    heads: int = 8
+    head_dim: int = 64
+    ff_mult: float = 4
+    media_mode: str = "last"
+    no_media: str = "published"
+    attend_previous: bool = True
+    norm: str = "layer"
+    ffn: str = "gelu"
+    gate: str = "scalar"
+    qk_norm: bool = False
+
+    def layers(self, count: int) -> tuple[int, ...]:
+        """The decoder layers that a block stands at."""
+        shift = 1 if self.placement == "open_flamingo" else 0
+        return tuple(i for i in range(count) if (i + shift) % self.every == 0)
+
+
+@dataclass(frozen=True)
+class FlamingoConfig:
+    """A whole Flamingo. `stages` are its training recipe; the last one says what a freshly built model trains."""
+
+    vision: VisionConfig
+    lm: DecoderConfig
+    cross: CrossConfig
+    tokens: Tokens
+    stages: tuple[Stage, ...]
+    resampler: ResamplerConfig = ResamplerConfig()
+
+
+class Condition(NamedTuple):
+    """What every cross-attention block of one pass shares, and each one's keys and values."""
+
+    media: Tensor
+    intervals: Intervals
+    keys_values: list[KeysValues]
+
+
+class Flamingo(MultimodalModel):
+    """See `FlamingoConfig`. Text sees media through `media_time`: a media token opens the medium that follows it."""
+
+    sources = ("open_flamingo",)
+
+    def __init__(self, config: FlamingoConfig) -> None:
+        super().__init__()
+        _check.choice("placement", config.cross.placement, ("open_flamingo", "idefics", "after"))
+        self.config, self.tokens = config, config.tokens
+        width, c, r = config.lm.block.width, config.cross, config.resampler
+        self.vision = VisionTower(config.vision)
+        self.resampler = PerceiverResampler(
+            config.vision.width, depth=r.depth, heads=r.heads, head_dim=r.head_dim, latents=r.latents, ff_mult=r.ff_mult,
+            max_frames=r.max_frames, max_media=r.max_media, ffn=r.ffn, qk_norm=r.qk_norm,
+        )  # fmt: skip
+        self.lm = Decoder(config.lm, special=(config.tokens.end_of_chunk, config.tokens.image))
+        self.places = {layer: n for n, layer in enumerate(c.layers(config.lm.layers))}
+        self.cross = nn.ModuleList(
+            GatedCrossAttentionBlock(
+                width, config.vision.width, heads=c.heads, head_dim=c.head_dim, ff_mult=c.ff_mult,
+                media_mode=c.media_mode, no_media=c.no_media, attend_previous=c.attend_previous, norm=c.norm, ffn=c.ffn,
+                gate=c.gate, qk_norm=c.qk_norm,
+            )
+            for _ in self.places
+        )  # fmt: skip
+        config.stages[-1].freeze(self)
+
+    def stages(self) -> list[Stage]:
+        """The training recipe; see `Stage`."""
+        return list(self.config.stages)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """images `[B, I, F, 3, H, W]` or `[B, I, 3, H, W]` -> latents `[B, I, L, Cv]`; a frozen tower records no gradient."""
+        if images.dim() == 5:
+            images = images.unsqueeze(2)
+        size = _check.shapes(images=(images, "B I F 3 H W"))
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.vision.parameters())
+        with torch.set_grad_enabled(learns):
+            patches = self.vision(images.flatten(0, 2))
+        return self.resampler(patches.unflatten(0, (size["B"], size["I"], size["F"])))
+
+    def condition(self, input_ids: Tensor, media: Tensor | None, cache: Cache | None) -> Condition:
+        """Intervals by the media-time rules and the keys and values of all blocks; from the cache where it has them.
+
+        While a cached sequence continues and no row of the call has a media token, every row sees the last medium it has seen.
+        If any row has one, the call's own tokens count from 1 again, for the whole batch.
+        """
+        locations = input_ids == self.tokens.image
+        kept = {} if cache is None else cache.media
+        if media is None and "keys_values" in kept:
+            media, keys_values = kept["media"], kept["keys_values"]
+        else:
+            if media is None:
+                media = self._no_media(input_ids.shape[0])
+            keys_values, kept = project_media_all(list(self.cross), media), {}  # type: ignore[arg-type]
+        intervals = self._intervals(locations, media)
+        total = locations.sum(1)
+        if "count" in kept:
+            restart = locations.any()
+            cached = self._intervals(
+                _prefix(kept["count"], media.shape[1] + 1), media, rows=input_ids.shape[1]
+            )
+            intervals = Intervals(
+                *(torch.where(restart, a, b) for a, b in zip(intervals, cached, strict=True))
+            )
+            total = torch.where(restart, total, kept["count"])
+        if cache is not None:
+            cache.media = {"media": media, "keys_values": keys_values, "count": total}
+        return Condition(media, intervals, keys_values)
+
+    def _no_media(self, batch: int) -> Tensor:
+        latents = self.resampler.latents
+        return latents.new_empty((batch, 0, *latents.shape))
+
+    def _intervals(self, locations: Tensor, media: Tensor, rows: int | None = None) -> Intervals:
+        """What rows see: of this call's own media tokens, or with `rows` by the cached rule."""
+        if not self.places:
+            empty = torch.zeros(0, dtype=torch.int32, device=media.device)
+            return Intervals(empty, empty, empty.bool())
+        block: Any = self.cross[0]
+        return block.intervals(
+            media, locations, rows or locations.shape[1], use_cached_media=rows is not None
+        )
+
+    def before_block(self, index: int, x: Tensor, condition: Condition) -> Tensor:
+        return x if self.config.cross.placement == "after" else self._cross(index, x, condition)
+
+    def after_block(self, index: int, x: Tensor, condition: Condition) -> Tensor:
+        return self._cross(index, x, condition) if self.config.cross.placement == "after" else x
+
+    def _cross(self, index: int, x: Tensor, condition: Condition) -> Tensor:
+        n = self.places.get(index)
+        if n is None:
+            return x
+        return self.cross[n](
+            x, condition.media, intervals=condition.intervals, media_kv=condition.keys_values[n]
+        )
+
+    def loss(self, batches: dict[str, dict[str, Tensor]], stage: Stage) -> Tensor:
+        """The stage's weighted sum of the losses of a step's batches, each given as `forward`'s arguments by name."""
+        unknown = sorted(set(batches) ^ set(stage.losses))
+        if unknown:
+            raise ValueError(f"batches: got {sorted(batches)}, expected {sorted(stage.losses)}")
+        losses = [weight * self(**batches[name]).loss for name, weight in stage.losses.items()]
+        return torch.stack(losses).sum()
+
+
+def _prefix(count: Tensor, length: int) -> Tensor:
+    """bool `[B, length]` with `min(count, length)` True first: as good as the tokens that were counted."""
+    return torch.arange(length, device=count.device) < count.unsqueeze(1)
+
+
+def flamingo_labels(
+    input_ids: Tensor, tokens: Tokens, attention_mask: Tensor | None = None, *, interleaved: bool = True
+) -> Tensor:
+    """Labels of a batch `[B, T]`: -100 on padding, on media tokens and, when `interleaved`, outside of chunks.
+
+    A chunk runs from `<image>` to `<|endofchunk|>`, which is predicted. Without `interleaved` (pairs) the end of text is
+    predicted too. **Source** the recipe of OpenFlamingo.
+    """
+    _check.shapes(input_ids=(input_ids, "B T"), attention_mask=(attention_mask, "B T"))
+    media = input_ids == tokens.image
+    keep = ~media & (input_ids != tokens.pad if attention_mask is None else attention_mask)
+    if interleaved:
+        position = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device).expand_as(input_ids)
+        opened = torch.where(media, position, 0).cummax(1).values
+        closed = torch.where(input_ids == tokens.end_of_chunk, position, 0).cummax(1).values.roll(1, 1)
+        closed[:, :1] = 0  # a chunk is closed after its last token
+        keep = keep & (opened > closed)
+    return torch.where(keep, input_ids, IGNORE)

@@ -1,0 +1,45 @@
+"""The language models under the families, as configs of the one decoder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mmkernels.layers.decoder import BlockConfig, DecoderConfig
+
+
+def _mpt(width: int, heads: int, layers: int, qk_norm: str | None = None) -> DecoderConfig:
+    """MosaicML's MPT: ALiBi, no biases anywhere, the head is the embedding."""
+    block = BlockConfig(
+        width,
+        heads,
+        4 * width,
+        norm_bias=False,
+        qkv_bias=False,
+        out_bias=False,
+        mlp_bias=False,
+        qk_norm=qk_norm,
+    )
+    return DecoderConfig(block, layers, vocab=50_432, positions="alibi", tied=True)
+
+
+def _llama(width: int, heads: int, layers: int, hidden: int) -> DecoderConfig:
+    """Meta's LLaMA: RMSNorm, SwiGLU, rotary, no biases."""
+    block = BlockConfig(
+        width,
+        heads,
+        hidden,
+        activation="swiglu",
+        norm="rms",
+        eps=1e-6,
+        qkv_bias=False,
+        out_bias=False,
+        mlp_bias=False,
+    )
+    return DecoderConfig(block, layers, vocab=32_000)
+
+
+MPT_1B = _mpt(2048, 16, 24, qk_norm="full")
+MPT_7B = _mpt(4096, 32, 32)
+REDPAJAMA_3B = DecoderConfig(BlockConfig(2560, 32, 10_240), layers=32, vocab=50_432)
+LLAMA_7B = _llama(4096, 32, 32, 11_008)
+TINY = replace(_mpt(128, 4, 4), vocab=512)

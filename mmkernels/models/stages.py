@@ -1,0 +1,52 @@
+"""Training stages: what learns, from which losses and data, and how fast."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a recipe. Patterns are shell patterns over parameter names; a pattern that meets nothing is an error.
+
+    `losses` weighs the batches of a step, `mix` the samples drawn for them. `weight_decay` gives decay by pattern; parameters
+    that no pattern meets have none. The rate rises linearly over `warmup` steps, then follows `schedule`.
+    """
+
+    name: str
+    trainable: tuple[str, ...]
+    losses: Mapping[str, float]
+    mix: Mapping[str, float]
+    learning_rate: float
+    weight_decay: Mapping[str, float] = field(default_factory=dict)
+    schedule: str = "constant"
+    warmup: int = 0
+    clip: float = 1.0
+
+    def freeze(self, model: nn.Module) -> None:
+        """Makes exactly this stage's parameters trainable."""
+        met = set()
+        for name, parameter in model.named_parameters():
+            hits = [pattern for pattern in self.trainable if fnmatchcase(name, pattern)]
+            met.update(hits)
+            parameter.requires_grad_(bool(hits))
+        missing = [pattern for pattern in self.trainable if pattern not in met]
+        if missing:
+            raise ValueError(f"trainable: {', '.join(missing)} meets no parameter of {type(model).__name__}")
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """The trainable parameters for an optimizer, one group for each weight decay."""
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                decay = next((d for p, d in self.weight_decay.items() if fnmatchcase(name, p)), 0.0)
+                groups.setdefault(decay, []).append(parameter)
+        return [
+            {"params": params, "weight_decay": decay, "lr": self.learning_rate}
+            for decay, params in groups.items()
+        ]
