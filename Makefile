@@ -55,7 +55,9 @@ compile-table: build
 
 FLOOR ?= ops
 room: $(VENV)/.ready
-	$(BIN)/python tools/room.py $(NAME) $(FLOOR)
+	@$(BIN)/python tools/room.py "$(NAME)" $(FLOOR)
+	@$(BIN)/ruff check --quiet --select I --fix mmkernels/__init__.py
+	@$(BIN)/ruff format --quiet mmkernels/__init__.py mmkernels/$(FLOOR)/$(NAME)
 
 clean:
 	rm -rf build site *.egg-info mmkernels/*.so mmkernels/_build_info.json $(VENV)/.built-*
