@@ -1,11 +1,12 @@
 """Files that are whole or not there: written beside their place, flushed to the disk, then moved in one step.
 
-A run keeps its checkpoints as `checkpoints/step-00000200/`; a folder with such a name is complete, because it got the name last.
+A run keeps its checkpoints as `checkpoints/step-00000200/`; a folder with such a name is complete, for it got the name last.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -48,13 +49,25 @@ def new_folder(path: Path) -> Iterator[Path]:
         for file in unfinished.iterdir():
             _flush(file)
         _flush(unfinished)
-        if path.exists():  # left by a run that was killed after saving it and before noting so
-            _remove(path)
         os.replace(unfinished, path)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     _flush(path.parent)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps a second process out of a folder; the lock goes with the process, however it ends."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another process is writing here") from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def read_json(path: Path) -> dict[str, Any]:
