@@ -33,11 +33,16 @@ class Rule:
 
 @dataclass(frozen=True)
 class Table:
-    """A whole published layout. Patterns in `absent` may be missing from a file, those in `ignored` are not read."""
+    """A whole published layout.
+
+    Our names that match a pattern in `absent` may be missing from a file; keys that match one in `ignored` are not read.
+    `within` is where files of a whole system keep this module: if any key starts so, only those count, without it.
+    """
 
     rules: tuple[Rule, ...]
     absent: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    within: str = ""
 
     def under(self, ours: str, theirs: str) -> Table:
         """The same table for a module that sits at the prefixes `ours` (of our names) and `theirs` (of published keys)."""

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmkernels.layers._published import Table
 from mmkernels.layers.attention import (
     KVCache,
     SelfAttention,
@@ -15,6 +16,7 @@ from mmkernels.layers.attention import (
     alibi_slopes,
     rotary_table,
 )
+from mmkernels.layers.decoder_tables import LAYOUTS, decoder_table
 from mmkernels.layers.mlp import MLP
 from mmkernels.layers.norm import make_norm
 from mmkernels.primitives import _check
@@ -42,8 +44,13 @@ class BlockConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A causal language model around its blocks. `positions`: "alibi", "rotary", "learned" or "none"."""
+    """A causal language model around its blocks, as the published `family` ("mpt", "gpt_neox", "llama") builds it.
 
+    `positions` is "alibi", "rotary" (over `rotary_fraction` of each head), "learned" or "none"; `window` limits how far back a
+    row sees; `tied` makes the embedding the head too.
+    """
+
+    family: str
     block: BlockConfig
     layers: int
     vocab: int
@@ -86,8 +93,10 @@ class Decoder(nn.Module):
 
     `special` are token ids whose embedding rows live apart, in `special_rows`, and can be trained while the table is frozen:
     the frozen table is then never touched by an optimizer, not even by its weight decay. With a tied head they answer for
-    these tokens' logits too.
+    these tokens' logits too. Published weights load with the source "mpt", "gpt_neox" or "llama".
     """
+
+    sources = tuple(LAYOUTS)
 
     def __init__(self, config: DecoderConfig, special: tuple[int, ...] = ()) -> None:
         super().__init__()
@@ -104,7 +113,8 @@ class Decoder(nn.Module):
         self.head = None if c.tied else nn.Linear(c.block.width, c.vocab, c.head_bias)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
-        b, weight = self.config.block, self.blocks[0].attention.qkv.weight
+        """Room for the keys and values of `capacity` tokens."""
+        b, weight = self.config.block, self.embedding.weight
         shape = (self.config.layers, batch, capacity, b.kv_heads or b.heads, b.head_dim or b.width // b.heads)
         return KVCache(shape, dtype=weight.dtype, device=weight.device)
 
@@ -157,6 +167,11 @@ class Decoder(nn.Module):
             return logits
         index = torch.tensor(self.special, device=x.device)
         return logits.index_copy_(-1, index, F.linear(x, self.special_rows))
+
+    def published(self, source: str) -> Table:
+        """Where the authors' files keep the model's parameters."""
+        c = self.config
+        return decoder_table(source, heads=c.block.heads, vocab=c.vocab, special=self.special, tied=c.tied)
 
 
 def _start(mask: Tensor | None, cache: KVCache | None) -> Tensor | None:

@@ -195,11 +195,11 @@ def _flamingo(feed_forward: str) -> Table:
 
 _OPEN_FLAMINGO, _OTTER = _flamingo("ff"), _flamingo("feed_forward")
 _IDEFICS = Table(
-    renames(
-        norm="input_layernorm", q="cross_attn.q_proj", out="cross_attn.o_proj", q_norm="cross_attn.q_layer_norm",
-        k_norm="cross_attn.k_layer_norm", ffn_norm="post_attention_layernorm", down="mlp.down_proj",
-    )
-    + (
+    (
+        *renames(
+            norm="input_layernorm", q="cross_attn.q_proj", out="cross_attn.o_proj", q_norm="cross_attn.q_layer_norm",
+            k_norm="cross_attn.k_layer_norm", ffn_norm="post_attention_layernorm", down="mlp.down_proj",
+        ),
         Rule(r"kv\.weight", ("cross_attn.k_proj.weight", "cross_attn.v_proj.weight")),
         Rule(r"up\.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
         Rule("attention_gate", ("alpha_cross_attn",), torch.flatten),

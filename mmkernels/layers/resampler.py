@@ -58,8 +58,9 @@ class PerceiverLayer(nn.Module):
 class PerceiverResampler(nn.Module):
     """Learned latents read each image (or video) through `depth` layers and stand for it from then on.
 
-    Frames of one medium are flattened into one run of tokens. `max_frames` adds a learned embedding per frame, `max_media` one
-    per place among the sample's media; None leaves them out. `ffn` "gelu", "relu" or "squared_relu"; `ff_mult` may be fractional.
+    Frames of one medium are flattened into one run of tokens. `max_frames` adds a learned embedding per frame, `max_media`
+    one per place among the sample's media; None leaves them out. `ffn` is "gelu", "relu" or "squared_relu"; `ff_mult` may be
+    fractional.
 
     **Source** Flamingo (arXiv 2204.14198) 2.1; weights of `open_flamingo`, `otter`, `idefics` load by `weights.load`.
     """
@@ -126,8 +127,14 @@ def _first(table: Tensor, count: int, limit: str) -> Tensor:
     return table[:count]
 
 
-def _flamingo(attention: str, ffn: str) -> Table:
-    at = r"layers\.(\d+)\."
+def _table(attention: dict[str, str], feed_forward: dict[str, str], *others: Rule) -> Table:
+    """A layout from the names inside a layer (ours -> theirs, with "{0}" for the layer's number) and the rules beside them."""
+    inside = {rf"attention\.{ours}": theirs for ours, theirs in attention.items()} | feed_forward
+    rules = [Rule(rf"layers\.(\d+)\.{ours}\.(\w+)", (f"{theirs}.{{1}}",)) for ours, theirs in inside.items()]
+    return Table((*rules, Rule("latents", ("latents",)), *others))
+
+
+def _flamingo(attention: str, feed_forward: str) -> Table:
     names = {
         "media_norm": "norm_media",
         "latent_norm": "norm_latents",
@@ -135,35 +142,25 @@ def _flamingo(attention: str, ffn: str) -> Table:
         "kv": "to_kv",
         "out": "to_out",
     }
-    return Table(
-        tuple(Rule(rf"{at}attention\.{n}\.(\w+)", (f"{attention}{t}.{{1}}",)) for n, t in names.items())
-        + tuple(
-            Rule(rf"{at}{n}\.(\w+)", (f"{ffn}{t}.{{1}}",))
-            for n, t in (("ffn_norm", "0"), (r"mlp\.up", "1"), (r"mlp\.down", "3"))
-        )
-        + (
-            Rule("latents", ("latents",)),
-            Rule("frame_embeddings", ("frame_embs",)),
-            Rule("media_embeddings", ("media_time_embs",), lambda t: t.flatten(1)),
-            *renames(norm="norm"),
-        )
+    steps = {"ffn_norm": "0", r"mlp\.up": "1", r"mlp\.down": "3"}
+    return _table(
+        {ours: attention + theirs for ours, theirs in names.items()},
+        {ours: feed_forward + theirs for ours, theirs in steps.items()},
+        Rule("frame_embeddings", ("frame_embs",)),
+        Rule("media_embeddings", ("media_time_embs",), lambda t: t.flatten(1)),
+        *renames(norm="norm"),
     )
 
 
 _OPEN_FLAMINGO = _flamingo("layers.{0}.0.", "layers.{0}.1.")
 _OTTER = _flamingo("layers.{0}.", "layers.{0}.feed_forward.")
-_IDEFICS = Table(
-    tuple(
-        Rule(rf"layers\.(\d+)\.{ours}\.(\w+)", (f"blocks.{{0}}.{theirs}.{{1}}",))
-        for ours, theirs in (
-            (r"attention\.media_norm", "0.context_layer_norm"), (r"attention\.latent_norm", "0.latents_layer_norm"),
-            (r"attention\.q", "0.q_proj"), (r"attention\.out", "0.output_proj"), (r"attention\.q_norm", "0.q_layer_norm"),
-            (r"attention\.k_norm", "0.k_layer_norm"), ("ffn_norm", "1.ln"), (r"mlp\.up", "1.fc"), (r"mlp\.down", "1.c_proj"),
-        )
-    )
-    + (
-        Rule(r"layers\.(\d+)\.attention\.kv\.weight", ("blocks.{0}.0.k_proj.weight", "blocks.{0}.0.v_proj.weight")),
-        Rule("latents", ("latents",)),
-        *renames(norm="layer_norm"),
-    )
+_IDEFICS = _table(
+    {
+        "media_norm": "blocks.{0}.0.context_layer_norm", "latent_norm": "blocks.{0}.0.latents_layer_norm",
+        "q": "blocks.{0}.0.q_proj", "out": "blocks.{0}.0.output_proj", "q_norm": "blocks.{0}.0.q_layer_norm",
+        "k_norm": "blocks.{0}.0.k_layer_norm",
+    },
+    {"ffn_norm": "blocks.{0}.1.ln", r"mlp\.up": "blocks.{0}.1.fc", r"mlp\.down": "blocks.{0}.1.c_proj"},
+    Rule(r"layers\.(\d+)\.attention\.kv\.weight", ("blocks.{0}.0.k_proj.weight", "blocks.{0}.0.v_proj.weight")),
+    *renames(norm="layer_norm"),
 )  # fmt: skip

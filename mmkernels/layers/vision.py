@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mmkernels.layers._published import Rule, Table
 from mmkernels.layers.attention import Visibility
 from mmkernels.layers.decoder import Block, BlockConfig
 from mmkernels.primitives import _check
@@ -14,7 +15,10 @@ from mmkernels.primitives import _check
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A ViT: square images, a class token, learned positions, a norm before the blocks; `post_norm` also norms what comes out."""
+    """A ViT over square images: class token, learned positions, a norm before the blocks.
+
+    `post_norm` also norms the patches that come out.
+    """
 
     image_size: int
     patch_size: int
@@ -38,8 +42,10 @@ class VisionTower(nn.Module):
     """Images to patch tokens: `norm([class; patches] + positions)`, then the blocks; the class token stays inside.
 
     Patches are not normed on the way out unless `config.post_norm`: connectors read the last block's output.
-    **Source** CLIP (arXiv 2103.00020).
+    **Source** CLIP (arXiv 2103.00020); weights of `huggingface_clip` and `open_clip` load by `weights.load`.
     """
+
+    sources = ("huggingface_clip", "open_clip")
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -66,9 +72,61 @@ class VisionTower(nn.Module):
         x = x[:, 1:]
         return x if self.post_norm is None else self.post_norm(x)
 
+    def published(self, source: str) -> Table:
+        """Where the authors' files keep the tower's parameters."""
+        return {"huggingface_clip": _HUGGINGFACE, "open_clip": _OPEN_CLIP}[source]
+
 
 def _patchify(images: Tensor, size: int) -> Tensor:
     """`[N, 3, S, S]` -> `[N, P, 3 * size^2]`, channels outermost inside a patch, as a convolution's weight has them."""
     n, c, h, w = images.shape
     grid = images.view(n, c, h // size, size, w // size, size)
     return grid.permute(0, 2, 4, 1, 3, 5).reshape(n, (h // size) * (w // size), c * size * size)
+
+
+def _table(
+    top: dict[str, str], blocks: str, inside: dict[str, str], qkv: tuple[str, ...], within: str, unused: str
+) -> Table:
+    """A CLIP layout: `top` and `inside` (a block under `blocks`) map our names to theirs; keys like `unused` are skipped."""
+    patch = Rule(r"patch\.weight", (f"{top['patch']}.weight",), lambda t: t.flatten(1))
+    whole = [Rule(ours, (top[ours],)) for ours in ("class_token", "positions")]
+    norms = [Rule(rf"{ours}\.(\w+)", (f"{top[ours]}.{{0}}",)) for ours in ("pre_norm", "post_norm")]
+    joined = Rule(
+        r"blocks\.(\d+)\.attention\.qkv\.(\w+)", tuple(f"{blocks}.{{0}}.{name}{{1}}" for name in qkv)
+    )
+    rest = [
+        Rule(rf"blocks\.(\d+)\.{ours}\.(\w+)", (f"{blocks}.{{0}}.{name}.{{1}}",))
+        for ours, name in inside.items()
+    ]
+    ignored = (rf"{top['post_norm']}\..*", unused)  # the norm that only a pooled class token goes through
+    return Table((patch, *whole, *norms, joined, *rest), ignored=ignored, within=within)
+
+
+_HUGGINGFACE = _table(
+    {
+        "patch": "embeddings.patch_embedding", "class_token": "embeddings.class_embedding",
+        "positions": "embeddings.position_embedding.weight", "pre_norm": "pre_layrnorm", "post_norm": "post_layernorm",
+    },
+    "encoder.layers",
+    {
+        "attention_norm": "layer_norm1", r"attention\.out": "self_attn.out_proj", "mlp_norm": "layer_norm2",
+        r"mlp\.up": "mlp.fc1", r"mlp\.down": "mlp.fc2",
+    },
+    ("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj."),
+    within="vision_model.",
+    unused=r"embeddings\.position_ids",
+)  # fmt: skip
+_OPEN_CLIP = _table(
+    {
+        "patch": "conv1", "class_token": "class_embedding", "positions": "positional_embedding", "pre_norm": "ln_pre",
+        "post_norm": "ln_post",
+    },
+    "transformer.resblocks",
+    {
+        "attention_norm": "ln_1", r"attention\.out": "attn.out_proj", "mlp_norm": "ln_2", r"mlp\.up": "mlp.c_fc",
+        r"mlp\.down": "mlp.c_proj",
+    },
+    ("attn.in_proj_",),
+    within="visual.",
+    unused="proj",
+)  # fmt: skip

@@ -33,7 +33,7 @@ class Cache:
     """What a sequence being continued keeps: text keys and values, and whatever the family keeps of its media."""
 
     text: KVCache
-    media: dict[str, Any] = field(default_factory=dict)
+    media: dict[str, Any] = field(default_factory=dict)  # the family's own
 
     @property
     def length(self) -> int:
@@ -88,7 +88,8 @@ class MultimodalModel(nn.Module):
         `[B, T]`, each row's tokens one run, padding on either side (only on the left with a cache); labels `[B, T]`, -100 where
         nothing is predicted; media instead of images: what `encode` gave.
         **Gradient** the parameters that `Stage.freeze` leaves trainable. With a cache: none.
-        **Edge** no valid label: loss 0. **Raises** ValueError for shapes, token ids out of range (on CPU) and padding with holes.
+        **Edge** no valid label: loss 0.
+        **Raises** ValueError for shapes, and on CPU for token ids out of range and padding with holes; TypeError for dtypes.
         """
         if input_ids is None:
             raise ValueError("input_ids: got None, expected token ids [B, T]")
@@ -195,7 +196,7 @@ class MultimodalModel(nn.Module):
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy, in float32, of each position's logits `[B, T, V]` against the next label `[B, T]`; 0 without labels."""
+    """Mean cross-entropy in float32 of each position's logits `[B, T, V]` against the next label `[B, T]`; 0 without any."""
     targets = F.pad(
         labels[:, 1:], (0, 1), value=IGNORE
     )  # shifting the labels copies less than shifting the logits

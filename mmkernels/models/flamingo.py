@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mmkernels.layers._published import Table
 from mmkernels.layers.decoder import Decoder, DecoderConfig
+from mmkernels.layers.decoder_tables import LAYOUTS, embedding_rules
 from mmkernels.layers.gated_cross_attention import (
     GatedCrossAttentionBlock,
     KeysValues,
@@ -80,11 +82,15 @@ class FlamingoConfig:
 
 
 class Condition(NamedTuple):
-    """What every cross-attention block of one pass shares, and each one's keys and values."""
+    """What the cross-attention blocks of one pass read: media `[B, I, L, Cv]`, each block's keys and values, what rows see.
+
+    `count` `[B]` is how many media tokens each row has had: while a sequence continues, its last medium goes by it.
+    """
 
     media: Tensor
-    intervals: Intervals
     keys_values: list[KeysValues]
+    intervals: Intervals
+    count: Tensor
 
 
 class Flamingo(MultimodalModel):
@@ -104,6 +110,10 @@ class Flamingo(MultimodalModel):
         )  # fmt: skip
         self.lm = Decoder(config.lm, special=(config.tokens.end_of_chunk, config.tokens.image))
         self.places = {layer: n for n, layer in enumerate(c.layers(config.lm.layers))}
+        if not self.places:
+            raise ValueError(
+                f"every: got {c.every}, expected a number that places a block among {config.lm.layers} layers"
+            )
         self.cross = nn.ModuleList(
             GatedCrossAttentionBlock(
                 width, config.vision.width, heads=c.heads, head_dim=c.head_dim, ff_mult=c.ff_mult,
@@ -132,44 +142,38 @@ class Flamingo(MultimodalModel):
         """Intervals by the media-time rules and the keys and values of all blocks; from the cache where it has them.
 
         While a cached sequence continues and no row of the call has a media token, every row sees the last medium it has seen.
-        If any row has one, the call's own tokens count from 1 again, for the whole batch.
+        If any row has one, the call's own tokens count from 1 again, for the whole batch. So they do when media come in anew.
         """
         locations = input_ids == self.tokens.image
-        kept = {} if cache is None else cache.media
-        if media is None and "keys_values" in kept:
-            media, keys_values = kept["media"], kept["keys_values"]
+        count = locations.sum(1)
+        kept: Condition | None = None if cache is None or media is not None else cache.media.get("condition")
+        if kept is None:
+            media = self._no_media(input_ids.shape[0]) if media is None else media
+            keys_values = project_media_all(list(self.cross), media)  # type: ignore[arg-type]
+            intervals = self._intervals(media, locations, input_ids.shape[1])
         else:
-            if media is None:
-                media = self._no_media(input_ids.shape[0])
-            keys_values, kept = project_media_all(list(self.cross), media), {}  # type: ignore[arg-type]
-        intervals = self._intervals(locations, media)
-        total = locations.sum(1)
-        if "count" in kept:
-            restart = locations.any()
-            cached = self._intervals(
-                _prefix(kept["count"], media.shape[1] + 1), media, rows=input_ids.shape[1]
-            )
-            intervals = Intervals(
-                *(torch.where(restart, a, b) for a, b in zip(intervals, cached, strict=True))
-            )
-            total = torch.where(restart, total, kept["count"])
+            media, keys_values = kept.media, kept.keys_values
+            restart = locations.any()  # stays on the device: both answers are cheap
+            own = self._intervals(media, locations, input_ids.shape[1])
+            seen = torch.arange(media.shape[1] + 1, device=count.device) < kept.count.unsqueeze(1)
+            last = self._intervals(media, seen, input_ids.shape[1], use_cached_media=True)
+            intervals = Intervals(*(torch.where(restart, a, b) for a, b in zip(own, last, strict=True)))
+            count = torch.where(restart, count, kept.count)
+        condition = Condition(media, keys_values, intervals, count)
         if cache is not None:
-            cache.media = {"media": media, "keys_values": keys_values, "count": total}
-        return Condition(media, intervals, keys_values)
+            cache.media["condition"] = condition
+        return condition
 
     def _no_media(self, batch: int) -> Tensor:
         latents = self.resampler.latents
         return latents.new_empty((batch, 0, *latents.shape))
 
-    def _intervals(self, locations: Tensor, media: Tensor, rows: int | None = None) -> Intervals:
-        """What rows see: of this call's own media tokens, or with `rows` by the cached rule."""
-        if not self.places:
-            empty = torch.zeros(0, dtype=torch.int32, device=media.device)
-            return Intervals(empty, empty, empty.bool())
+    def _intervals(
+        self, media: Tensor, locations: Tensor, rows: int, *, use_cached_media: bool = False
+    ) -> Intervals:
+        """What all blocks share: they differ in weights only."""
         block: Any = self.cross[0]
-        return block.intervals(
-            media, locations, rows or locations.shape[1], use_cached_media=rows is not None
-        )
+        return block.intervals(media, locations, rows, use_cached_media=use_cached_media)
 
     def before_block(self, index: int, x: Tensor, condition: Condition) -> Tensor:
         return x if self.config.cross.placement == "after" else self._cross(index, x, condition)
@@ -185,6 +189,20 @@ class Flamingo(MultimodalModel):
             x, condition.media, intervals=condition.intervals, media_kv=condition.keys_values[n]
         )
 
+    def published(self, source: str) -> Table:
+        """The released file: resampler, gated blocks by decoder layer, embedding. What was frozen may be missing from it."""
+        lm = self.config.lm
+        layout = LAYOUTS[lm.family]
+        embedding = embedding_rules(f"{layout.embedding}.weight", lm.vocab, self.lm.special)
+        table = self.resampler.published(source).under("resampler.", "perceiver.")
+        table += Table(embedding).under("lm.", "lang_encoder.")
+        for layer, n in self.places.items():
+            block: Any = self.cross[n]
+            path = f"lang_encoder.{layout.layers}.{layer}.gated_cross_attn_layer."
+            table += block.published(source).under(f"cross.{n}.", path)
+        frozen = (r"vision_encoder\..*", r"lang_encoder\.(?!.*\.gated_cross_attn_layer\.).*")
+        return table + Table((), absent=(r"lm\..*", r"vision\..*"), ignored=frozen)
+
     def loss(self, batches: dict[str, dict[str, Tensor]], stage: Stage) -> Tensor:
         """The stage's weighted sum of the losses of a step's batches, each given as `forward`'s arguments by name."""
         unknown = sorted(set(batches) ^ set(stage.losses))
@@ -192,11 +210,6 @@ class Flamingo(MultimodalModel):
             raise ValueError(f"batches: got {sorted(batches)}, expected {sorted(stage.losses)}")
         losses = [weight * self(**batches[name]).loss for name, weight in stage.losses.items()]
         return torch.stack(losses).sum()
-
-
-def _prefix(count: Tensor, length: int) -> Tensor:
-    """bool `[B, length]` with `min(count, length)` True first: as good as the tokens that were counted."""
-    return torch.arange(length, device=count.device) < count.unsqueeze(1)
 
 
 def flamingo_labels(

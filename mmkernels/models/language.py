@@ -19,7 +19,7 @@ def _mpt(width: int, heads: int, layers: int, qk_norm: str | None = None) -> Dec
         mlp_bias=False,
         qk_norm=qk_norm,
     )
-    return DecoderConfig(block, layers, vocab=50_432, positions="alibi", tied=True)
+    return DecoderConfig("mpt", block, layers, vocab=50_432, positions="alibi", tied=True)
 
 
 def _llama(width: int, heads: int, layers: int, hidden: int) -> DecoderConfig:
@@ -35,11 +35,11 @@ def _llama(width: int, heads: int, layers: int, hidden: int) -> DecoderConfig:
         out_bias=False,
         mlp_bias=False,
     )
-    return DecoderConfig(block, layers, vocab=32_000)
+    return DecoderConfig("llama", block, layers, vocab=32_000)
 
 
 MPT_1B = _mpt(2048, 16, 24, qk_norm="full")
 MPT_7B = _mpt(4096, 32, 32)
-REDPAJAMA_3B = DecoderConfig(BlockConfig(2560, 32, 10_240), layers=32, vocab=50_432)
+REDPAJAMA_3B = DecoderConfig("gpt_neox", BlockConfig(2560, 32, 10_240), layers=32, vocab=50_432)
 LLAMA_7B = _llama(4096, 32, 32, 11_008)
 TINY = replace(_mpt(128, 4, 4), vocab=512)

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from mmkernels.layers.decoder import DecoderConfig
 from mmkernels.layers.vision import CLIP_L, VisionConfig
 from mmkernels.models import language
 from mmkernels.models.base import Tokens
 from mmkernels.models.flamingo import CrossConfig, FlamingoConfig, ResamplerConfig
 from mmkernels.models.stages import Stage
 
-_GPT_NEOX = Tokens(
-    image=50_278, end_of_chunk=50_277, end_of_text=0, pad=50_279
-)  # added after the 50,277 of the tokenizer
-_TINY = Tokens(image=2, end_of_chunk=3, end_of_text=1, pad=0)
+# the released models add three tokens to the 50,277 of the GPT-NeoX tokenizer and cut the padded tables to them
+_GPT_NEOX = Tokens(image=50_278, end_of_chunk=50_277, end_of_text=0, pad=50_279)
+_VOCAB = 50_280
 
-_JOINTS = ("resampler.*", "cross.*")
-_PAIRS = {"pairs": 0.2, "interleaved": 1.0}
+_JOINTS = ("resampler.*", "cross.*", "lm.special_rows")
+_LOSSES = {"pairs": 0.2, "interleaved": 1.0}
 
 _OPEN_FLAMINGO = Stage(
     "joints",
-    trainable=(*_JOINTS, "lm.special_rows"),
-    losses=_PAIRS,
+    trainable=_JOINTS,
+    losses=_LOSSES,
     mix={"pairs": 120e6, "interleaved": 60e6},
     learning_rate=1e-4,
     weight_decay={"cross.*": 0.1},
@@ -29,17 +29,18 @@ _OPEN_FLAMINGO = Stage(
 )
 _OTTER = Stage(
     "instructions",
-    trainable=(*_JOINTS, "lm.special_rows", "lm.embedding.*"),
+    trainable=(*_JOINTS, "lm.embedding.*"),
     losses={"instructions": 1.0},
     mix={"instructions": 1.0},
     learning_rate=1e-5,
     weight_decay={"cross.*": 0.1},
     schedule="cosine",
+    warmup=0.01,
 )
 _SCRATCH = Stage(
     "everything",  # a model without pre-trained parts has nothing worth freezing yet
     trainable=("*",),
-    losses=_PAIRS,
+    losses=_LOSSES,
     mix={"pairs": 1.0, "interleaved": 1.0},
     learning_rate=1e-3,
     weight_decay={"cross.*": 0.1},
@@ -47,21 +48,23 @@ _SCRATCH = Stage(
     warmup=100,
 )
 
-_FLAMINGO_3B = FlamingoConfig(CLIP_L, language.MPT_1B, CrossConfig(every=1), _GPT_NEOX, (_OPEN_FLAMINGO,))
-_FLAMINGO_9B = replace(_FLAMINGO_3B, lm=language.MPT_7B, cross=CrossConfig(every=4))
+
+def _flamingo(lm: DecoderConfig, every: int, stage: Stage = _OPEN_FLAMINGO) -> FlamingoConfig:
+    return FlamingoConfig(CLIP_L, replace(lm, vocab=_VOCAB), CrossConfig(every), _GPT_NEOX, (stage,))
+
 
 PRESETS = {
-    "flamingo-3b": _FLAMINGO_3B,
-    "flamingo-4b": replace(_FLAMINGO_3B, lm=language.REDPAJAMA_3B, cross=CrossConfig(every=2)),
-    "flamingo-9b": _FLAMINGO_9B,
-    "otter-9b": replace(_FLAMINGO_9B, stages=(_OTTER,)),
+    "flamingo-3b": _flamingo(language.MPT_1B, every=1),
+    "flamingo-4b": _flamingo(language.REDPAJAMA_3B, every=2),
+    "flamingo-9b": _flamingo(language.MPT_7B, every=4),
+    "otter-9b": _flamingo(language.MPT_7B, every=4, stage=_OTTER),
     "flamingo-tiny": FlamingoConfig(
         vision=VisionConfig(
             image_size=32, patch_size=8, width=128, layers=2, heads=4, hidden=256, activation="gelu"
         ),
         lm=language.TINY,
         cross=CrossConfig(every=2, heads=4, head_dim=32, ff_mult=2),
-        tokens=_TINY,
+        tokens=Tokens(image=2, end_of_chunk=3, end_of_text=1, pad=0),
         stages=(_SCRATCH, replace(_OPEN_FLAMINGO, learning_rate=1e-3, warmup=50)),
         resampler=ResamplerConfig(depth=2, heads=4, head_dim=32, latents=8, ff_mult=2, max_frames=8),
     ),

@@ -15,7 +15,8 @@ class Stage:
     """One stage of a recipe. Patterns are shell patterns over parameter names; a pattern that meets nothing is an error.
 
     `losses` weighs the batches of a step, `mix` the samples drawn for them. `weight_decay` gives decay by pattern; parameters
-    that no pattern meets have none. The rate rises linearly over `warmup` steps, then follows `schedule`.
+    that no pattern meets have none. The rate rises linearly over `warmup` steps (below 1: that share of all steps), then
+    follows `schedule`: "constant" or "cosine". Gradients are clipped to norm `clip`.
     """
 
     name: str
@@ -25,7 +26,7 @@ class Stage:
     learning_rate: float
     weight_decay: Mapping[str, float] = field(default_factory=dict)
     schedule: str = "constant"
-    warmup: int = 0
+    warmup: float = 0
     clip: float = 1.0
 
     def freeze(self, model: nn.Module) -> None:

@@ -41,7 +41,7 @@ def load(
     """
     table = _table(module, source)
     given = state_dict_or_path
-    state = dict(given) if isinstance(given, Mapping) else _read(Path(given))
+    state = _within(table.within, dict(given) if isinstance(given, Mapping) else _read(Path(given)))
     targets = module.state_dict()
     values, used, missing = {}, set(), []
     for name in targets:
@@ -67,6 +67,14 @@ def _table(module: nn.Module, source: str | None) -> Table:
         expected = ", ".join(map(repr, known)) or "None only"
         raise ValueError(f"source: got {source!r} for {type(module).__name__}, expected {expected}")
     return module.published(source)  # type: ignore[operator]
+
+
+def _within(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a whole system's file that is about the module; a file of the module alone as it is."""
+    inner = {
+        key.removeprefix(prefix): value for key, value in state.items() if prefix and key.startswith(prefix)
+    }
+    return inner or state
 
 
 def _collect(table: Table, name: str, state: Mapping[str, Tensor]) -> tuple[tuple[str, ...], Tensor | None]:

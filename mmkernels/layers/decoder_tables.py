@@ -1,0 +1,92 @@
+"""Where published language models keep the decoder's parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mmkernels.layers._published import Rule, Table
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One family's key names: the embedding, the layers (under `layers`, by number), the final norm and the head."""
+
+    embedding: str
+    layers: str
+    norm: str
+    head: str
+    inside: tuple[tuple[str, str], ...]  # our submodule of a block -> theirs
+    qkv: tuple[str, ...]  # theirs, joined; a single one is [q; k; v] unless `heads_first`
+    up: tuple[str, ...]
+    heads_first: bool = False  # rows of qkv are [q; k; v] head by head
+
+
+LAYOUTS = {
+    "mpt": Layout(
+        embedding="transformer.wte", layers="transformer.blocks", norm="transformer.norm_f", head="lm_head",
+        inside=(
+            ("attention_norm", "norm_1"), (r"attention\.out", "attn.out_proj"), (r"attention\.q_norm", "attn.q_ln"),
+            (r"attention\.k_norm", "attn.k_ln"), ("mlp_norm", "norm_2"), (r"mlp\.down", "ffn.down_proj"),
+        ),
+        qkv=("attn.Wqkv",), up=("ffn.up_proj",),
+    ),
+    "gpt_neox": Layout(
+        embedding="gpt_neox.embed_in", layers="gpt_neox.layers", norm="gpt_neox.final_layer_norm", head="embed_out",
+        inside=(
+            ("attention_norm", "input_layernorm"), (r"attention\.out", "attention.dense"),
+            ("mlp_norm", "post_attention_layernorm"), (r"mlp\.down", "mlp.dense_4h_to_h"),
+        ),
+        qkv=("attention.query_key_value",), up=("mlp.dense_h_to_4h",), heads_first=True,
+    ),
+    "llama": Layout(
+        embedding="model.embed_tokens", layers="model.layers", norm="model.norm", head="lm_head",
+        inside=(
+            ("attention_norm", "input_layernorm"), (r"attention\.out", "self_attn.o_proj"),
+            ("mlp_norm", "post_attention_layernorm"), (r"mlp\.down", "mlp.down_proj"),
+        ),
+        qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), up=("mlp.gate_proj", "mlp.up_proj"),
+    ),
+}  # fmt: skip
+
+
+def embedding_rules(key: str, vocab: int, special: tuple[int, ...]) -> tuple[Rule, ...]:
+    """The embedding's first `vocab` rows (published tables are often padded), and the rows that live apart."""
+    return (
+        Rule(r"embedding\.weight", (key,), lambda t: t[:vocab]),
+        Rule("special_rows", (key,), lambda t: t[[i for i in special if i < len(t)]]),
+    )
+
+
+def decoder_table(source: str, *, heads: int, vocab: int, special: tuple[int, ...], tied: bool) -> Table:
+    """The whole table of one family, for a decoder with these sizes."""
+    layout = LAYOUTS[source]
+    at, theirs = r"blocks\.(\d+)\.", f"{layout.layers}.{{0}}."
+
+    def joined(ours: str, names: tuple[str, ...], heads_first: bool = False) -> Rule:
+        view = (lambda t: _heads_last(t, heads)) if heads_first else None
+        return Rule(rf"{at}{ours}\.(\w+)", tuple(f"{theirs}{name}.{{1}}" for name in names), view)
+
+    def rows(t: Tensor) -> Tensor:
+        return t[:vocab]
+
+    return Table(
+        (
+            *embedding_rules(f"{layout.embedding}.weight", vocab, special),
+            *(joined(ours, (name,)) for ours, name in layout.inside),
+            joined(r"attention\.qkv", layout.qkv, layout.heads_first),
+            joined(r"mlp\.up", layout.up),
+            Rule(r"norm\.(\w+)", (f"{layout.norm}.{{0}}",)),
+            Rule(r"head\.(\w+)", (f"{layout.head}.{{0}}",), rows),
+        ),
+        ignored=(
+            r".*\.(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias)",  # constants
+            *((rf"{layout.head}\.weight",) if tied else ()),
+        ),
+    )
+
+
+def _heads_last(rows: Tensor, heads: int) -> Tensor:
+    """[H (3 D), ...] -> [3 H D, ...]: from q, k, v of each head to all q, all k, all v."""
+    return rows.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
