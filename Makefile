@@ -21,8 +21,8 @@ BUILT := $(VENV)/.built-$(MMKERNELS_BUILD)
 setup: $(VENV)/.ready
 build: $(BUILT)
 
-$(VENV)/.ready: pyproject.toml tools/venv.py
-	@$(PYTHON) tools/venv.py $(VENV)
+$(VENV)/.ready: pyproject.toml tools/environment.py
+	@$(PYTHON) tools/environment.py $(VENV)
 	@touch $@
 
 $(BUILT): $(VENV)/.ready setup.py CMakeLists.txt $(shell find csrc -type f)
@@ -42,7 +42,7 @@ bench: build
 lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pyright
 	$(BIN)/python -c "from importlinter.cli import lint_imports_command as lint; lint()"
 	$(BIN)/python -m pytest tests/test_architecture.py

@@ -1,4 +1,4 @@
-"""Makes the repository's virtual environment from any Python 3.10+ that has pip: `python tools/venv.py .venv`.
+"""Makes the repository's virtual environment from any Python 3.10+ that has pip: `python tools/environment.py .venv`.
 
 A torch >= 2.11 that this Python already has is reused, since it is large and fits the machine's GPU; otherwise torch 2.13.0 is
 installed. Then come the development dependencies. Run again, it only adds what is missing. Standard library alone: nothing
