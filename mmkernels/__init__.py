@@ -10,6 +10,8 @@ from mmkernels.ops.gated_cross_attention import (
 )
 from mmkernels.ops.gated_cross_attention import gated_feed_forward as gated_feed_forward
 from mmkernels.ops.gated_cross_attention import media_intervals as media_intervals
+from mmkernels.ops.resampler import QFormerIntervals as QFormerIntervals
+from mmkernels.ops.resampler import qformer_intervals as qformer_intervals
 from mmkernels.primitives._op import backends as backends
 from mmkernels.primitives._op import explain as explain
 from mmkernels.primitives._op import using as using
