@@ -1,0 +1,137 @@
+// What the forward and the backward kernel share: a block of query rows with their intervals, tiles of keys,
+// and dropout. Torch-free; compiled once per instruction set.
+#pragma once
+
+#include "../common/gemm.h"
+#include "../common/rows.h"
+#include "params.h"
+
+namespace mmkernels {
+namespace MMKERNELS_ISA {
+
+MMK_INLINE int64_t at(const PerRow& r, int64_t b, int64_t h, int64_t t) {
+  return b * r.b + h * r.h + t * r.t;
+}
+MMK_INLINE void* row_of(const Tokens& x, Dtype d, int64_t b, int64_t t, int64_t h) {
+  return element(x.p, d, b * x.b + t * x.t + h * x.h);
+}
+
+// A 32-bit hash: every bit of x reaches every bit of the result.
+template <class U>
+MMK_INLINE U mix(U x) {
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+// The rows [first, first + rows) of key head g in batch row b. Row r is query token t, head h of g's group.
+struct Block {
+  int64_t b, g, first, rows;
+  int32_t lo[kBlockRows], hi[kBlockRows];
+  int32_t t[kBlockRows], h[kBlockRows];
+  bool uniform[kBlockRows];
+  uint64_t seen[kBlockRows];  // of the tile at hand: bit j is set when the row sees key j of the tile
+  int32_t least, most;        // the hull of the intervals that are not empty
+
+  bool learns(int64_t r) const { return hi[r] > lo[r] && !uniform[r]; }
+};
+
+static void open_block(const IntervalAttention& p, int64_t b, int64_t g, int64_t index, Block& block) {
+  const int64_t total = rows_of(p), count = blocks_of(p), size = (total + count - 1) / count, n = p.H / p.G;
+  block.b = b;
+  block.g = g;
+  block.first = index * size;
+  block.rows = block.first + size < total ? size : total - block.first;
+  block.least = static_cast<int32_t>(p.J);
+  block.most = 0;
+  for (int64_t r = 0; r < block.rows; ++r) {
+    const int64_t t = (block.first + r) / n;
+    const int64_t lo = static_cast<const int32_t*>(p.lo.p)[at(p.lo, b, 0, t)];
+    const int64_t hi = static_cast<const int32_t*>(p.hi.p)[at(p.hi, b, 0, t)];
+    block.lo[r] = static_cast<int32_t>(lo < 0 ? 0 : lo > p.J ? p.J : lo);  // untrusted: clamped
+    block.hi[r] = static_cast<int32_t>(hi < block.lo[r] ? block.lo[r] : hi > p.J ? p.J : hi);
+    block.t[r] = static_cast<int32_t>(t);
+    block.h[r] = static_cast<int32_t>(g * n + (block.first + r) % n);
+    block.uniform[r] = p.uniform.p && static_cast<const bool*>(p.uniform.p)[at(p.uniform, b, 0, t)];
+    if (block.lo[r] == block.hi[r]) continue;
+    if (block.lo[r] < block.least) block.least = block.lo[r];
+    if (block.hi[r] > block.most) block.most = block.hi[r];
+  }
+}
+
+// Sets `seen` for the keys [key, key + 64) and returns the union: no key outside of it may be touched.
+static uint64_t look_at_tile(Block& block, int64_t key) {
+  uint64_t cover = 0;
+  for (int64_t r = 0; r < block.rows; ++r) {
+    const int64_t from = block.lo[r] > key ? block.lo[r] - key : 0;
+    const int64_t to = block.hi[r] - key < kTileKeys ? block.hi[r] - key : kTileKeys;
+    block.seen[r] = to > from ? ~uint64_t{0} >> (64 - (to - from)) << from : 0;
+    cover |= block.seen[r];
+  }
+  return cover;
+}
+
+// Up to kRows rows from `first` on whose middle ones may see nothing, but not the first and the last. A tile
+// that holds NaN or inf takes its rows one by one: then a row meets only keys that it sees, for 0 * NaN is
+// NaN.
+struct Group {
+  int64_t first, rows;
+  int32_t from, to;  // the hull of what they see, keys of the tile
+};
+MMK_INLINE bool next_group(const Block& block, int64_t after, bool finite, Group& group) {
+  while (after < block.rows && block.seen[after] == 0) ++after;
+  if (after == block.rows) return false;
+  uint64_t cover = 0;
+  int64_t end = after;
+  for (int64_t r = after; r < block.rows && r < after + (finite ? kRows : 1); ++r) {
+    cover |= block.seen[r];
+    if (block.seen[r]) end = r + 1;
+  }
+  group = {after, end - after, __builtin_ctzll(cover), 64 - __builtin_clzll(cover)};
+  return true;
+}
+
+// Rows [64, width] of the tile's keys or values: those that someone sees, the others as 0. Returns true if
+// all are finite.
+static bool load_tile(const IntervalAttention& p, const Tokens& x, const Block& block, int64_t key,
+                      uint64_t cover, float* rows) {
+  const int64_t width = padded_width(p);
+  bool finite = true;
+  for (int64_t j = 0; j < kTileKeys; ++j, rows += width) {
+    if (cover >> j & 1)
+      finite &= widen(p.dtype, row_of(x, p.dtype, block.b, key + j, block.g), p.D, 1.f, rows, width);
+    else
+      fill_zero(rows, width);
+  }
+  return finite;
+}
+
+// What a row needs to know to turn products q k, already scaled, into scores.
+struct ScoreRule {
+  bool uniform;
+  float slope;   // 0 without ALiBi
+  float origin;  // hi - 1 - the tile's first key: ALiBi's distance is j - origin
+};
+MMK_INLINE ScoreRule score_rule(const IntervalAttention& p, const Block& block, int64_t r, int64_t key) {
+  const float slope = p.slopes ? p.slopes[block.h[r]] : 0.f;
+  return {block.uniform[r], slope, static_cast<float>(block.hi[r] - 1 - key)};
+}
+MMK_INLINE Vec lane_index(int vec) { return __builtin_convertvector(SVec(lanes()) + vec * W, Vec); }
+MMK_INLINE Vec score(const ScoreRule& rule, Vec product, int vec) {
+  if (rule.uniform) return Vec{};
+  if (rule.slope == 0.f) return product;
+  return fma(lane_index(vec) - splat(rule.origin), splat(rule.slope), product);
+}
+
+// The hash state of a row; `kept` has all bits set in the lanes of the keys that stay.
+MMK_INLINE uint32_t dropout_state(const IntervalAttention& p, const Block& block, int64_t r) {
+  const int64_t row = (block.b * p.T + block.t[r]) * p.H + block.h[r];
+  return mix(static_cast<uint32_t>(row) ^ mix(p.seed));
+}
+MMK_INLINE IVec kept(const IntervalAttention& p, uint32_t state, int64_t key, int vec) {
+  const IVec j = lanes() + static_cast<uint32_t>(key + vec * W);
+  return (IVec)(mix(j ^ state) >= p.threshold);
+}
+
+}  // namespace MMKERNELS_ISA
+}  // namespace mmkernels
