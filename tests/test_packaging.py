@@ -157,6 +157,42 @@ def test_torch_that_is_too_old_or_absent(tmp_path: Path, version: str, reason: s
     assert reason in free.stderr
 
 
+NEEDS_CPU = pytest.mark.skipif(bool(_native.reasons["_C_cpu"]), reason=_native.reasons["_C_cpu"])
+
+
+@NEEDS_CPU
+@pytest.mark.parametrize("isa", str(_native.build_info().get("cpu_isas", "")).split(";"))
+def test_every_instruction_set_gives_the_answer_of_the_law(isa: str) -> None:
+    if _native.host is None or isa not in _native.host.runnable_isas():
+        pytest.skip(f"this CPU cannot run {isa}, or _host is not there to tell")
+    code = """
+import torch, mmkernels
+torch.manual_seed(0)
+q, k, v = torch.randn(3, 70, 2, 64).unbind()
+lo = torch.arange(70, dtype=torch.int32) // 9
+hi = lo + 40 - lo % 7
+answers = []
+for backend in ("cpp", "reference"):
+    with mmkernels.using(backend):
+        answers.append(mmkernels.interval_attention(q, k, v, lo, hi.clamp(max=70)))
+torch.testing.assert_close(*answers, rtol=1e-5, atol=1e-5)
+"""
+    result = _run(code, ROOT, MMKERNELS_ISA=isa)
+    assert result.returncode == 0, result.stderr
+
+
+@NEEDS_CPU
+def test_an_instruction_set_that_this_cpu_lacks_is_refused() -> None:
+    code = """
+import torch, mmkernels
+x, lo = torch.ones(4, 1, 64), torch.zeros(4, dtype=torch.int32)
+mmkernels.interval_attention(x, x, x, lo, lo)
+"""
+    result = _run(code, ROOT, MMKERNELS_ISA="avx1024")
+    assert result.returncode != 0
+    assert 'MMKERNELS_ISA: got "avx1024", expected scalar, avx2 or avx512' in result.stderr
+
+
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
 @pytest.mark.parametrize("path", [p for p in BUILT if p.name.startswith("_C_")], ids=lambda p: p.name)
 def test_compiled_modules_fit_any_python_any_torch_and_any_cuda(path: Path) -> None:

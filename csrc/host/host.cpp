@@ -26,14 +26,19 @@ py::dict cpu_features() {
   return features;
 }
 
+py::list runnable_isas() {
+  py::list isas;
+  for (mmkernels::Isa isa : {mmkernels::Isa::scalar, mmkernels::Isa::avx2, mmkernels::Isa::avx512})
+    if (isa <= mmkernels::widest_isa()) isas.append(mmkernels::name(isa));
+  return isas;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Host CPU facts.";
   m.def("cpu_features", &cpu_features, "Instruction set extensions of this CPU: name -> present.");
-  m.def(
-      "widest_isa", [] { return mmkernels::name(mmkernels::widest_isa()); },
-      "The widest kernel build this CPU runs.");
+  m.def("runnable_isas", &runnable_isas, "The kernel builds that this CPU can run, the widest last.");
   m.def(
       "isa", [] { return mmkernels::name(mmkernels::isa()); },
       "The kernel build this process runs (MMKERNELS_ISA).");
