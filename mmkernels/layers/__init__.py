@@ -9,6 +9,8 @@ from mmkernels.layers.decoder import DecoderConfig as DecoderConfig
 from mmkernels.layers.gated_cross_attention import GatedCrossAttentionBlock as GatedCrossAttentionBlock
 from mmkernels.layers.gated_cross_attention import project_media_all as project_media_all
 from mmkernels.layers.mlp import MLP as MLP
+from mmkernels.layers.qformer import QFormer as QFormer
+from mmkernels.layers.qformer_layer import QFormerConfig as QFormerConfig
 from mmkernels.layers.resampler import PerceiverResampler as PerceiverResampler
 from mmkernels.layers.vision import VisionConfig as VisionConfig
 from mmkernels.layers.vision import VisionTower as VisionTower

@@ -78,14 +78,12 @@ def _within(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _collect(table: Table, name: str, state: Mapping[str, Tensor]) -> tuple[tuple[str, ...], Tensor | None]:
-    """The published keys of our parameter `name` and, if all are there, its value."""
-    for rule in table.rules:
-        keys = rule.sources(name)
-        if keys is not None:
-            return keys, rule.value([state[key] for key in keys]) if all(
-                key in state for key in keys
-            ) else None
-    return (f"(nothing published for {name})",), None
+    """The published keys of our parameter `name` and, if all are there, its value: by the first rule that finds its keys."""
+    alternatives = [(keys, rule) for rule in table.rules if (keys := rule.sources(name)) is not None]
+    for keys, rule in alternatives:
+        if all(key in state for key in keys):
+            return keys, rule.value([state[key] for key in keys])
+    return (alternatives[0][0] if alternatives else (f"(nothing published for {name})",)), None
 
 
 def _matches(patterns: tuple[str, ...], name: str) -> bool:
