@@ -37,15 +37,15 @@ _OTTER = Stage(
     schedule="cosine",
     warmup=0.01,
 )
-_SCRATCH = Stage(
-    "everything",  # a model without pre-trained parts has nothing worth freezing yet
-    trainable=("*",),
-    losses=_LOSSES,
-    mix={"pairs": 1.0, "interleaved": 1.0},
-    learning_rate=1e-3,
-    weight_decay={"cross.*": 0.1},
+_TOWERS = Stage(
+    "towers",  # no published part is this small: the tower learns to name pictures, the language model to write captions
+    trainable=("vision.*", "lm.*"),
+    losses={"pictures": 1.0, "text": 1.0},
+    mix={"pictures": 4.0, "text": 1.0},
+    learning_rate=2e-3,
     schedule="cosine",
-    warmup=100,
+    warmup=0.2,
+    steps=250,
 )
 
 
@@ -65,7 +65,7 @@ PRESETS = {
         lm=language.TINY,
         cross=CrossConfig(every=2, heads=4, head_dim=32, ff_mult=2),
         tokens=Tokens(image=2, end_of_chunk=3, end_of_text=1, pad=0),
-        stages=(_SCRATCH, replace(_OPEN_FLAMINGO, learning_rate=1e-3, warmup=50)),
+        stages=(_TOWERS, replace(_OPEN_FLAMINGO, learning_rate=4e-3, warmup=0.1, steps=350)),
         resampler=ResamplerConfig(depth=2, heads=4, head_dim=32, latents=8, ff_mult=2, max_frames=8),
     ),
 }

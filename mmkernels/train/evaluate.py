@@ -1,0 +1,68 @@
+"""Held-out accuracy: is the last caption of an unseen document right, and is it the picture that tells it?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mmkernels.data import Batch, Sequences
+from mmkernels.models import Flamingo
+
+_BATCH = 64
+
+
+@dataclass
+class Score:
+    """Documents whose whole last caption was right, of all, and per caption."""
+
+    right: int = 0
+    total: int = 0
+    captions: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / max(1, self.total)
+
+    def add(self, caption: str, hit: bool) -> None:
+        right, total = self.captions.get(caption, (0, 0))
+        self.captions[caption] = (right + hit, total + 1)
+        self.right, self.total = self.right + hit, self.total + 1
+
+
+@torch.no_grad()
+def last_image(model: Flamingo, sequences: Sequences, documents: int, *, shuffled: bool = False) -> Score:
+    """Scores the caption of the last picture on held-out documents.
+
+    A caption is right when at each of its positions, end of chunk included, the likeliest token is the true one: exactly
+    then greedy decoding would write it. `shuffled` gives every picture's place to a picture of another document: what is
+    then still right is chance, or it was the text that told it.
+    """
+    score, device = Score(), next(model.parameters()).device
+    for number in range(-(-documents // _BATCH)):
+        batch = sequences.held_out(number, min(_BATCH, documents - number * _BATCH))
+        pictures = shuffle(batch) if shuffled else batch.images
+        output = model(pictures.to(device), batch.input_ids.to(device), batch.attention_mask.to(device))
+        for caption, hit in zip(
+            batch.captions.tolist(), right(output.logits.cpu(), batch).tolist(), strict=True
+        ):
+            score.add(sequences.dataset.captions[caption], hit)
+    return score
+
+
+def right(logits: Tensor, batch: Batch) -> Tensor:
+    """bool `[B]`: whether greedy decoding of logits `[B, T, V]` gives each row's last caption."""
+    hits = logits.argmax(-1).roll(1, 1) == batch.input_ids
+    position = torch.arange(batch.input_ids.shape[1])
+    inside = (position >= batch.answers[:, :1]) & (position < batch.answers[:, 1:])
+    return (hits | ~inside).all(1)
+
+
+def shuffle(batch: Batch) -> Tensor:
+    """The batch's pictures, each in the place of one half a batch away; places without a picture stay empty."""
+    places = batch.images.flatten(2).any(-1)
+    pool = batch.images[places]
+    images = batch.images.clone()
+    images[places] = pool.roll(len(pool) // 2, 0)
+    return images

@@ -1,0 +1,58 @@
+"""The losses that a stage may name, each on its own numbered batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmkernels.data import Batch, Sequences
+from mmkernels.models import Flamingo, Stage, flamingo_labels
+
+
+class Objectives:
+    """Draws the batches of a step and computes their losses.
+
+    `pictures`: the vision tower's mean patch, through a linear head that is thrown away after the stage, tells the caption's
+    number. `text`: the language model alone on the documents' text. `pairs`, `interleaved`: captions given their pictures.
+    """
+
+    def __init__(self, model: Flamingo, sequences: Sequences, batch: int, device: str) -> None:
+        self.model, self.sequences, self.batch, self.device = model, sequences, batch, device
+        self.head = nn.Linear(model.config.vision.width, len(sequences.dataset.captions)).to(device)
+
+    def names(self) -> tuple[str, ...]:
+        return ("pictures", "text", "pairs", "interleaved")
+
+    def loss(self, name: str, number: int, stage: Stage) -> Tensor:
+        """The loss `name` on its batch `number`, of the size that the stage's mix asks for."""
+        if name not in self.names():
+            raise ValueError(
+                f"stage {stage.name!r}: loss {name!r} is unknown, expected one of {', '.join(self.names())}"
+            )
+        size = self._size(name, stage.mix)
+        if name == "pictures":
+            pixels, captions = self.sequences.pictures(number, size)
+            features = self.model.vision(pixels.to(self.device)).mean(1)
+            return F.cross_entropy(self.head(features).float(), captions.to(self.device))
+        draw = self.sequences.pairs if name == "pairs" else self.sequences.interleaved
+        return self._captions(draw(number, size), chunks=name == "interleaved", see=name != "text")
+
+    def parameters(self, stage: Stage) -> list[dict]:
+        """The optimizer's groups: what the stage trains of the model, and the head while it is needed."""
+        groups = stage.parameter_groups(self.model)
+        if "pictures" in stage.losses:
+            groups.append({"params": list(self.head.parameters()), "weight_decay": 0.0})
+        return groups
+
+    def _size(self, name: str, mix: Mapping[str, float]) -> int:
+        return round(self.batch * mix[name] / min(mix.values()))
+
+    def _captions(self, batch: Batch, *, chunks: bool, see: bool) -> Tensor:
+        ids, mask = batch.input_ids.to(self.device), batch.attention_mask.to(self.device)
+        labels = flamingo_labels(ids, self.model.tokens, mask, interleaved=chunks)
+        loss = self.model(batch.images.to(self.device) if see else None, ids, mask, labels).loss
+        assert isinstance(loss, torch.Tensor)  # labels were given
+        return loss

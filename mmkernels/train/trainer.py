@@ -1,0 +1,233 @@
+"""The training loop: deterministic, and resumable at any step.
+
+Every step is a function of the parameters, the optimizer and the step's number: batches are numbered, nothing is drawn that a
+checkpoint does not hold. So a run that is killed and started again repeats the steps after its last checkpoint with the same
+bits, at the same thread count and versions.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels import data, models
+from mmkernels.data import Sequences, Tokenizer, store
+from mmkernels.models import Flamingo, Stage, weights
+from mmkernels.train import checkpoint, config
+from mmkernels.train.config import Run
+from mmkernels.train.evaluate import Score, last_image
+from mmkernels.train.log import Log, read
+from mmkernels.train.objectives import Objectives
+from mmkernels.train.schedule import learning_rate
+
+HELD_OUT = 512  # documents of the closing evaluation
+RESULT = "result.json"
+
+
+class Diverged(RuntimeError):
+    """The loss or its gradient is no number any more."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run reports: accuracies on held-out documents, and what guessing would give."""
+
+    steps: int
+    loss: float
+    accuracy: float
+    shuffled: float
+    chance: float
+    documents: int
+    captions: dict[str, float]
+    seconds: float
+    checkpoint: str
+
+
+class Trainer:
+    """A run in its folder, at the step where it stands: fresh, or where its latest checkpoint left it."""
+
+    def __init__(self, run: Run, out: Path, *, device: str = "cpu", save_every: int = 50) -> None:
+        self.run, self.out, self.device, self.save_every = run, out, device, save_every
+        self.stages = run.stages()
+        torch.manual_seed(run.seed)
+        dataset = data.build(run.data)
+        model = models.build(run.model)
+        assert isinstance(model, Flamingo)  # the one family there is
+        self.model = model.to(device)
+        self.tokenizer = Tokenizer.train(dataset.captions, model.config.lm.vocab)
+        self.sequences = Sequences(dataset, self.tokenizer, model.config.vision.image_size, seed=run.seed)
+        self.objectives = Objectives(model, self.sequences, run.batch, device)
+        self.step = 0
+        self._enter(0)
+        self.resumed = self._resume()
+
+    def stage_at(self, step: int) -> int:
+        """The number of the stage that step `step` (from 0) belongs to; the last one after the end."""
+        end = 0
+        for index, (_, steps) in enumerate(self.stages):
+            end += steps
+            if step < end:
+                return index
+        return len(self.stages) - 1
+
+    def _enter(self, index: int) -> None:
+        """Freezes what the stage freezes and gives it an optimizer of its own."""
+        self.index = index
+        self.stage: Stage = self.stages[index][0]
+        self.start = sum(steps for _, steps in self.stages[:index])
+        self.stage.freeze(self.model)
+        self.optimizer = torch.optim.AdamW(
+            self.objectives.parameters(self.stage), lr=self.stage.learning_rate
+        )
+
+    def take_step(self) -> dict[str, Any]:
+        """One optimizer step, gradients accumulated over the stage's batches; returns its record. **Raises** Diverged."""
+        if self.stage_at(self.step) != self.index:
+            self._enter(self.stage_at(self.step))
+        begun, number = time.perf_counter(), self.step
+        rate = learning_rate(self.stage, number - self.start, self.stages[self.index][1])
+        losses = {}
+        for name, weight in self.stage.losses.items():
+            with self._autocast():
+                loss = self.objectives.loss(name, number, self.stage)
+            (weight * loss).backward()
+            losses[name] = loss.item()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.stage.clip).item()
+        if not all(map(math.isfinite, (norm, *losses.values()))):
+            raise Diverged(self._obituary(losses, norm))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        total = sum(weight * losses[name] for name, weight in self.stage.losses.items())
+        seconds = round(time.perf_counter() - begun, 4)
+        return {
+            "step": self.step, "stage": self.stage.name, "loss": total, "losses": losses, "rate": rate, "norm": norm,
+            "seconds": seconds,
+        }  # fmt: skip
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.run.precision == "float32":
+            return nullcontext()
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16)
+
+    def _obituary(self, losses: dict[str, float], norm: float) -> str:
+        known = store.steps(self.out)
+        good = (
+            f"the last good checkpoint is {store.checkpoint(self.out, known[-1])}"
+            if known
+            else "nothing was saved yet"
+        )
+        worst = ", ".join(f"{name} {loss}" for name, loss in losses.items())
+        return f"step {self.step + 1}: the losses are {worst} and the gradient's norm is {norm}; {good}"
+
+    def save(self) -> Path:
+        """Writes the checkpoint of this step."""
+        tensors = checkpoint.optimizer_tensors(self.optimizer, self._names())
+        tensors.update({f"head.{k}": v for k, v in self.objectives.head.state_dict().items()})
+        tensors["generator"] = torch.get_rng_state()
+        state = {"stage": self.stage.name, "environment": config.environment(self.device)}
+        texts = {
+            checkpoint.TOKENIZER: self.tokenizer.text(),
+            config.RUN: store.to_json(config.describe(self.run)),
+        }
+        return checkpoint.write(self.out, self.step, state, model=self.model, tensors=tensors, texts=texts)
+
+    def _resume(self) -> bool:
+        known = store.steps(self.out)
+        if not known:
+            return False
+        folder = store.checkpoint(self.out, known[-1])
+        state = checkpoint.verify(folder)
+        if (folder / checkpoint.TOKENIZER).read_text(encoding="utf-8") != self.tokenizer.text():
+            raise ValueError(f"{folder}: was trained with other captions or another tokenizer")
+        tensors = checkpoint.read_tensors(folder / checkpoint.OPTIMIZER)
+        self.step = state["step"]
+        self._enter(self.stage_at(self.step - 1))  # the optimizer is that of the step before
+        weights.load(self.model, folder / checkpoint.MODEL)
+        head = {k: tensors.pop(f"head.{k}") for k in ("weight", "bias")}
+        self.objectives.head.load_state_dict(head)
+        torch.set_rng_state(tensors.pop("generator"))
+        checkpoint.restore_optimizer(self.optimizer, self._names(), tensors)
+        self._compare(state["environment"])
+        return True
+
+    def _names(self) -> dict[Tensor, str]:
+        both = {"": self.model, "head.": self.objectives.head}
+        return {p: prefix + name for prefix, part in both.items() for name, p in part.named_parameters()}
+
+    def _compare(self, before: dict[str, Any]) -> None:
+        now = config.environment(self.device)
+        changed = [f"{k} was {before.get(k)}, is {v}" for k, v in now.items() if before.get(k) != v]
+        if changed:
+            warnings.warn(f"the curve continues, but not bit for bit: {'; '.join(changed)}", stacklevel=2)
+
+    def score(self, documents: int, *, shuffled: bool = False) -> Score:
+        with self._autocast():
+            return last_image(self.model, self.sequences, documents, shuffled=shuffled)
+
+
+def train(
+    run: Run,
+    out: Path,
+    *,
+    resume: str = "auto",
+    device: str = "cpu",
+    save_every: int = 50,
+    observe: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> Result:
+    """Trains a run in the folder `out` from where it stands to its end, and evaluates it on held-out documents.
+
+    `observe` is called with every step's record, as `log.jsonl` keeps it.
+    **Raises** ValueError for a folder that is another run's, or a damaged checkpoint; Diverged, naming the last good one.
+    """
+    config.claim(run, out, resume)
+    with store.locked(out):
+        store.tidy(out, checkpoint.KEEP)
+        trainer = Trainer(run, out, device=device, save_every=save_every)
+        log = Log(out, trainer.step)
+        try:
+            _loop(trainer, log, observe)
+        finally:
+            log.close()
+        result = _evaluate(trainer)
+        store.write(out / RESULT, store.to_json(asdict(result)))
+    return result
+
+
+def _loop(trainer: Trainer, log: Log, observe: Callable[[dict[str, Any]], None]) -> None:
+    total = trainer.run.total()
+    while trainer.step < total:
+        record = trainer.take_step()
+        log.append(record)
+        observe(record)
+        if trainer.step % trainer.save_every == 0 or trainer.step == total:
+            log.flush()
+            trainer.save()
+
+
+def _evaluate(trainer: Trainer) -> Result:
+    records = read(trainer.out)
+    score, shuffled = trainer.score(HELD_OUT), trainer.score(HELD_OUT, shuffled=True)
+    return Result(
+        steps=trainer.step,
+        loss=records[-1]["loss"],
+        accuracy=score.accuracy,
+        shuffled=shuffled.accuracy,
+        chance=1 / len(trainer.sequences.dataset.captions),
+        documents=score.total,
+        captions={caption: right / total for caption, (right, total) in sorted(score.captions.items())},
+        seconds=round(sum(record["seconds"] for record in records), 1),
+        checkpoint=str(store.checkpoint(trainer.out, trainer.step)),
+    )
