@@ -253,11 +253,7 @@ def test_every_rule_catches_what_it_forbids() -> None:
     ]
     assert own_variables(
         'os.environ.get("MMKERNELS_FAST")\nos.environ["MMKERNELS_A"]; getenv("MMKERNELS_B")'
-    ) == {
-        "MMKERNELS_FAST",
-        "MMKERNELS_A",
-        "MMKERNELS_B",
-    }
+    ) == {"MMKERNELS_FAST", "MMKERNELS_A", "MMKERNELS_B"}
     assert len(pickles("import pickle\ntorch.save(x, f)\ntorch.load(f)\nnp.load(f, allow_pickle=True)")) == 4
     assert not pickles("torch.load(f, weights_only=True)")
     inner = "from mmkernels.ops import resampler\nfrom mmkernels.primitives import _check, routing"

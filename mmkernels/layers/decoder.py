@@ -9,13 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkernels.layers._published import Table
-from mmkernels.layers.attention import (
-    KVCache,
-    SelfAttention,
-    Visibility,
-    alibi_slopes,
-    rotary_table,
-)
+from mmkernels.layers.attention import KVCache, SelfAttention, Visibility, alibi_slopes, rotary_table
 from mmkernels.layers.decoder_tables import LAYOUTS, decoder_table
 from mmkernels.layers.mlp import MLP
 from mmkernels.layers.norm import make_norm

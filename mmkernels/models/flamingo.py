@@ -14,11 +14,7 @@ from torch import Tensor, nn
 from mmkernels.layers._published import Table
 from mmkernels.layers.decoder import Decoder, DecoderConfig
 from mmkernels.layers.decoder_tables import LAYOUTS, embedding_rules
-from mmkernels.layers.gated_cross_attention import (
-    GatedCrossAttentionBlock,
-    KeysValues,
-    project_media_all,
-)
+from mmkernels.layers.gated_cross_attention import GatedCrossAttentionBlock, KeysValues, project_media_all
 from mmkernels.layers.resampler import PerceiverResampler
 from mmkernels.layers.vision import VisionConfig, VisionTower
 from mmkernels.models.base import IGNORE, Cache, MultimodalModel, Tokens

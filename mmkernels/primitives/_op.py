@@ -19,10 +19,7 @@ import torch
 LIBRARY = torch.library.Library("mmkernels", "DEF")
 OPS: dict[str, Op] = {}
 BACKENDS = ("cuda", "triton", "cpp", "reference")  # the ladder: the fastest first
-_COMPILED = {
-    "cpp": ("cpu", "CPU"),
-    "cuda": ("cuda", "CUDA"),
-}  # backend -> device and suffix, dispatch key
+_COMPILED = {"cpp": ("cpu", "CPU"), "cuda": ("cuda", "CUDA")}  # backend -> device and suffix, dispatch key
 
 log = logging.getLogger("mmkernels")
 _LOG_LEVEL = int(os.environ.get("MMKERNELS_LOG", "0"))
@@ -76,11 +73,7 @@ class Op:
         return getattr(torch.ops.mmkernels, self.name).default(*args)
 
     def register(
-        self,
-        device: str,
-        backend: str,
-        call: Callable[..., Any],
-        **rules: Callable[..., str],
+        self, device: str, backend: str, call: Callable[..., Any], **rules: Callable[..., str]
     ) -> None:
         """Adds a kernel for `device`; `supports(*args)` and `present()` say why it cannot serve ("" when it can)."""
         row = Row(backend, call, rules.get("supports", _always), rules.get("present", _always))
@@ -98,11 +91,7 @@ class Op:
             return "" if found else f"{name} is not compiled in this installation"
 
         self.register(
-            device,
-            backend,
-            getattr(torch.ops.mmkernels, name).default,
-            supports=supports,
-            present=present,
+            device, backend, getattr(torch.ops.mmkernels, name).default, supports=supports, present=present
         )
 
     def autograd(self, backward: Callable[..., Any], setup: Callable[..., None]) -> None:

@@ -20,12 +20,7 @@ def _fake_forward(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w_in: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     row = x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
-    return (
-        x.new_empty(x.shape),
-        w_in.new_empty((x.shape[0], w_in.shape[0])),
-        row,
-        torch.empty_like(row),
-    )
+    return (x.new_empty(x.shape), w_in.new_empty((x.shape[0], w_in.shape[0])), row, torch.empty_like(row))
 
 
 def _kernel_dtypes(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w_in: Tensor, *rest: Any) -> str:
@@ -66,17 +61,7 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]
         return (None,) * 9
     saved = ctx.saved_tensors
     dx, dnw, dnb, dw_in, dw_out, dgate = BACKWARD(dy, *saved, ctx.activation, ctx.eps, ctx.rms)
-    return (
-        dx,
-        dnw,
-        None if saved[2] is None else dnb,
-        dw_in,
-        dw_out,
-        dgate,
-        None,
-        None,
-        None,
-    )
+    return (dx, dnw, None if saved[2] is None else dnb, dw_in, dw_out, dgate, None, None, None)
 
 
 FORWARD.autograd(_backward, _setup)
@@ -122,14 +107,7 @@ def gated_feed_forward(
     check_gate(gate, size["C"])
     _check.dtypes(_check.FLOATS, w_in=w_in, w_out=w_out)
     _check.dtypes(_check.FLOATS, x=x, norm_weight=norm_weight, norm_bias=norm_bias, gate=gate)
-    _check.devices(
-        x=x,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-        w_in=w_in,
-        w_out=w_out,
-        gate=gate,
-    )
+    _check.devices(x=x, norm_weight=norm_weight, norm_bias=norm_bias, w_in=w_in, w_out=w_out, gate=gate)
     return FORWARD(rows, norm_weight, norm_bias, w_in, w_out, gate, activation, eps, norm == "rms")[0].view(
         x.shape
     )

@@ -21,21 +21,13 @@ class Intervals(NamedTuple):
 
     def without_uniform(self) -> Intervals:
         """Uniform rows see nothing instead: their attention is exactly zero."""
-        return Intervals(
-            self.lo,
-            torch.where(self.uniform, self.lo, self.hi),
-            torch.zeros_like(self.uniform),
-        )
+        return Intervals(self.lo, torch.where(self.uniform, self.lo, self.hi), torch.zeros_like(self.uniform))
 
 
 def _fake_intervals(media_locations: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     rows = media_locations.shape[0] * rest[-1]
     new = media_locations.new_empty
-    return (
-        new(rows, dtype=torch.int32),
-        new(rows, dtype=torch.int32),
-        new(rows, dtype=torch.bool),
-    )
+    return (new(rows, dtype=torch.int32), new(rows, dtype=torch.int32), new(rows, dtype=torch.bool))
 
 
 MEDIA_INTERVALS = Op(

@@ -24,13 +24,7 @@ def _fake_forward(x: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     wide = torch.promote_types(x.dtype, torch.float32)
     o = k.new_empty((r, heads, k.shape[2]))
     row = x.new_empty(r, dtype=wide)
-    return (
-        x.new_empty(x.shape),
-        o,
-        x.new_empty((heads, r), dtype=wide),
-        row,
-        torch.empty_like(row),
-    )
+    return (x.new_empty(x.shape), o, x.new_empty((heads, r), dtype=wide), row, torch.empty_like(row))
 
 
 def grads_like(x: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
@@ -146,17 +140,7 @@ def gated_cross_attention(
     _check.dtypes(_check.FLOATS, x=x, norm_weight=norm_weight, norm_bias=norm_bias, gate=gate)
     _check.dtypes((torch.int32,), lo=lo, hi=hi)
     _check.dtypes((torch.bool,), uniform=uniform)
-    _check.devices(
-        x=x,
-        k=k,
-        v=v,
-        lo=lo,
-        hi=hi,
-        norm_weight=norm_weight,
-        w_q=w_q,
-        w_o=w_o,
-        gate=gate,
-    )
+    _check.devices(x=x, k=k, v=v, lo=lo, hi=hi, norm_weight=norm_weight, w_q=w_q, w_o=w_o, gate=gate)
     weights = (norm_weight, norm_bias, w_q, w_o, gate)
     return FORWARD(rows, k, v, lo, hi, uniform, *weights, heads, eps, norm == "rms")[0].view(x.shape)
 

@@ -139,27 +139,11 @@ def backward(
     dw_o, dgate = _gate_backward(dy_, o_.flatten(1), wo, t)
     do = ((dy_ * t) @ wo).view_as(q)
     dq, dk, dv = attention.backward(
-        do[None],
-        None,
-        q[None],
-        k_[None],
-        v_[None],
-        o_[None],
-        lse[None],
-        *_rules(lo, hi, uniform, q),
+        do[None], None, q[None], k_[None], v_[None], o_[None], lse[None], *_rules(lo, hi, uniform, q)
     )
     dq = dq.squeeze(0).flatten(1)
     dx, dweight, dbias = _norm_backward(dq @ wq, unit, nw, rstd, rms)
-    grads = (
-        dy_ + dx,
-        dk.squeeze(0),
-        dv.squeeze(0),
-        dweight,
-        dbias,
-        dq.T @ normed,
-        dw_o,
-        dgate,
-    )
+    grads = (dy_ + dx, dk.squeeze(0), dv.squeeze(0), dweight, dbias, dq.T @ normed, dw_o, dgate)
     return _like(grads, (x, k, v, norm_weight, norm_bias, w_q, w_o, gate))
 
 

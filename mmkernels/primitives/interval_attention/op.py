@@ -154,16 +154,7 @@ def _check_arguments(
     _check.dtypes(_check.FLOATS, q=q, k=k, v=v)
     _check.dtypes((torch.int32,), lo=lo, hi=hi)
     _check.dtypes((torch.bool,), uniform=uniform)
-    _check.devices(
-        q=q,
-        k=k,
-        v=v,
-        lo=lo,
-        hi=hi,
-        uniform=uniform,
-        alibi_slopes=alibi_slopes,
-        seed=seed,
-    )
+    _check.devices(q=q, k=k, v=v, lo=lo, hi=hi, uniform=uniform, alibi_slopes=alibi_slopes, seed=seed)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: got {dropout_p}, expected 0 <= p < 1")
     if dropout_p > 0 and (seed is None or seed.numel() != 1 or seed.dtype != torch.int64):

@@ -108,14 +108,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *rules: Any) -> tuple[Tensor, Tenso
 
 
 def backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *rules: Any,
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rules: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv. With delta[t] = sum_j p dp: ds = p (dp - delta + dlse), dq = scale ds k, dk = scale ds^T q, dv = p^T dout.
 
@@ -132,11 +125,7 @@ def backward(
         delta = delta - torch.where(rows, dlse.unsqueeze(-1), 0)
     ds = torch.where(w.learns, p * (dp - delta), 0) * scale
     dv = (p * w.keep).transpose(2, 3) @ do
-    return (
-        _tokens_first(ds @ w.k, q),
-        _tokens_first(ds.transpose(2, 3) @ w.q, k),
-        _tokens_first(dv, v),
-    )
+    return (_tokens_first(ds @ w.k, q), _tokens_first(ds.transpose(2, 3) @ w.q, k), _tokens_first(dv, v))
 
 
 def _tokens_first(grad: Tensor, like: Tensor) -> Tensor:
