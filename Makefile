@@ -48,7 +48,7 @@ lint: build
 	$(BIN)/python -m pytest tests/test_architecture.py
 
 docs: build
-	$(BIN)/mkdocs build --strict --quiet $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
 
 compile-table: build
 	$(BIN)/python -m benchmarks.compile_table $(ARGS)
