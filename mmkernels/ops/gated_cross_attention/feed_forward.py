@@ -23,7 +23,7 @@ def _fake_forward(
     return (x.new_empty(x.shape), w_in.new_empty((x.shape[0], w_in.shape[0])), row, torch.empty_like(row))
 
 
-def _kernel_dtypes(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w_in: Tensor, *rest: Any) -> str:
+def kernel_dtypes(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w_in: Tensor, *rest: Any) -> str:
     if w_in.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"dtype {w_in.dtype} runs on the reference"
     return (
@@ -45,8 +45,8 @@ BACKWARD = Op(
     reference.feed_forward_backward,
     fake=lambda dy, *inputs: grads_like(*inputs[:6]),
 )
-FORWARD.compiled("cpp", supports=_kernel_dtypes)
-BACKWARD.compiled("cpp", supports=lambda dy, *rest: _kernel_dtypes(*rest))
+FORWARD.compiled("cpp", supports=kernel_dtypes)
+BACKWARD.compiled("cpp", supports=lambda dy, *rest: kernel_dtypes(*rest))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

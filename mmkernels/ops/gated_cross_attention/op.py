@@ -43,7 +43,7 @@ def _check_forward(x: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, *res
     _check.intervals(lo, hi, k.shape[0])
 
 
-def _kernel_dtypes(x: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str:
+def kernel_dtypes(x: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str:
     """Why compiled kernels leave these inputs to the reference ("" when they do not)."""
     if k.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"dtype {k.dtype} runs on the reference"
@@ -69,8 +69,8 @@ BACKWARD = Op(
     reference.backward,
     fake=_fake_backward,
 )
-FORWARD.compiled("cpp", supports=_kernel_dtypes)
-BACKWARD.compiled("cpp", supports=lambda dy, *rest: _kernel_dtypes(*rest))
+FORWARD.compiled("cpp", supports=kernel_dtypes)
+BACKWARD.compiled("cpp", supports=lambda dy, *rest: kernel_dtypes(*rest))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
