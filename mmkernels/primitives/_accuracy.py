@@ -69,7 +69,7 @@ def worst_excess(ours: Results, plain: Results, truth: Results) -> tuple[float, 
     """The largest |error| / allowed error over all results, and whose it is: the rule holds up to 1.
 
     A gradient that is one number sums terms of either sign: it may vanish while its terms do not, and eager's error is a
-    single draw that may be lucky. Its rounding step is taken of the terms' norm, four times.
+    single draw that may be lucky. Its rounding step is taken of the terms' norm, eight times.
     """
     found = (0.0, "")
     for name, value in ours.items():
@@ -77,7 +77,7 @@ def worst_excess(ours: Results, plain: Results, truth: Results) -> tuple[float, 
         error = (value.double() - exact).abs()
         if error.numel() == 0:
             continue
-        size = 4 * truth[f"|{name}|"] if f"|{name}|" in truth else exact.abs().max()
+        size = 8 * truth[f"|{name}|"] if f"|{name}|" in truth else exact.abs().max()
         allowed = 2 * (plain[name].double() - exact).abs().max() + torch.finfo(value.dtype).eps * size + 1e-30
         excess = float((error.max() / allowed).nan_to_num(nan=torch.inf))
         found = max(found, (excess, name))
