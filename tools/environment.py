@@ -30,16 +30,15 @@ def need(done: bool, otherwise: str) -> None:
         sys.exit(f"setup: {otherwise}")
 
 
-def torch_of_this_python() -> tuple[Path, str] | None:
-    """Folder of the packages that hold torch, and its version when it is 2.11 or later. It is not imported."""
+def torch_of_this_python() -> str:
+    """The version of the torch that this Python has, "" when it is not 2.11 or later. It is not imported."""
     spec = find_spec("torch")
     folder = Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
-    if folder is None or not (folder / "version.py").is_file():
-        return None
-    found = re.search(r"__version__ = '((\d+)\.(\d+)[^']*)'", (folder / "version.py").read_text())
-    if found is None or (int(found[2]), int(found[3])) < (2, 11):
-        return None
-    return folder.parent, found[1]
+    file = folder / "version.py" if folder else None
+    found = re.search(
+        r"__version__ = '((\d+)\.(\d+)[^']*)'", file.read_text() if file and file.is_file() else ""
+    )
+    return found[1] if found and (int(found[2]), int(found[3])) >= (2, 11) else ""
 
 
 def create(folder: Path, share: bool) -> None:
@@ -69,12 +68,13 @@ def packages(folder: Path) -> Path:
 def create_with_torch(folder: Path) -> None:
     outer = torch_of_this_python()
     in_venv = sys.prefix != sys.base_prefix
-    print(f"setup: {folder.name}, {f'reusing torch {outer[1]}' if outer else f'with {TORCH}'}", flush=True)
-    create(folder, share=outer is not None and not in_venv)
+    print(f"setup: {folder.name}, {f'reusing torch {outer}' if outer else f'with {TORCH}'}", flush=True)
+    create(folder, share=bool(outer) and not in_venv)
     if (
         outer and in_venv
     ):  # --system-site-packages would look behind that environment, at the Python it was made from
-        (packages(folder) / "outer.pth").write_text(f"{outer[0]}\n")
+        shared = [path for path in sys.path if path.endswith("-packages")]
+        (packages(folder) / "outer.pth").write_text("\n".join(shared) + "\n")
 
 
 def own_commands(python: Path, pip: list[str | Path]) -> None:
