@@ -34,10 +34,8 @@ def torch_of_this_python() -> str:
     """The version of the torch that this Python has, "" when it is not 2.11 or later. It is not imported."""
     spec = find_spec("torch")
     folder = Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
-    file = folder / "version.py" if folder else None
-    found = re.search(
-        r"__version__ = '((\d+)\.(\d+)[^']*)'", file.read_text() if file and file.is_file() else ""
-    )
+    text = (folder / "version.py").read_text() if folder and (folder / "version.py").is_file() else ""
+    found = re.search(r"__version__ = '((\d+)\.(\d+)[^']*)'", text)
     return found[1] if found and (int(found[2]), int(found[3])) >= (2, 11) else ""
 
 
@@ -47,18 +45,8 @@ def create(folder: Path, share: bool) -> None:
     if run(*make, folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
         return
     need(run(*make, "--without-pip", folder), "this Python cannot make virtual environments (module venv)")
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--ignore-installed",
-        "--target",
-        packages(folder),
-        "pip",
-    ]
-    need(run(*pip), "this Python has no pip")
+    pip = [sys.executable, "-m", "pip", "install", "-qq", "--ignore-installed", "--target", packages(folder)]
+    need(run(*pip, "pip"), "this Python has no pip")
 
 
 def packages(folder: Path) -> Path:
@@ -70,9 +58,8 @@ def create_with_torch(folder: Path) -> None:
     in_venv = sys.prefix != sys.base_prefix
     print(f"setup: {folder.name}, {f'reusing torch {outer}' if outer else f'with {TORCH}'}", flush=True)
     create(folder, share=bool(outer) and not in_venv)
-    if (
-        outer and in_venv
-    ):  # --system-site-packages would look behind that environment, at the Python it was made from
+    if outer and in_venv:
+        # --system-site-packages would look behind that environment, at the Python it was made from.
         shared = [path for path in sys.path if path.endswith("-packages")]
         (packages(folder) / "outer.pth").write_text("\n".join(shared) + "\n")
 
@@ -82,10 +69,8 @@ def own_commands(python: Path, pip: list[str | Path]) -> None:
     names = [name for name in COMMANDS if not (python.parent / name).exists()]
     code = f"from importlib.metadata import version as v\nfor n in {names}: print(n + '==' + v(n))"
     exact = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.split()
-    if exact:
-        need(
-            run(*pip, "--ignore-installed", "--no-deps", *exact), f"{' '.join(exact)} could not be installed"
-        )
+    done = not exact or run(*pip, "--ignore-installed", "--no-deps", *exact)
+    need(done, f"{' '.join(exact)} could not be installed")
 
 
 def has(python: Path, package: str) -> bool:
@@ -101,17 +86,14 @@ def main() -> None:
     if not has(python, "torch"):
         need(run(*pip, TORCH), f"{TORCH} could not be installed")
     nothing = {**os.environ, "MMKERNELS_BUILD": "none"}  # `make build` compiles, and only what has changed
-    need(
-        run(*pip, "-e", f"{PROJECT}[dev]", env=nothing), "the development dependencies could not be installed"
-    )
+    done = run(*pip, "-e", f"{PROJECT}[dev]", env=nothing)
+    need(done, "the development dependencies could not be installed")
     own_commands(python, pip)
     if not has(python, "triton") and not run(*pip, TRITON):
         print(f"setup: no {TRITON} for this platform; its tests will say so", flush=True)
 
 
 if __name__ == "__main__":
-    need(
-        sys.version_info >= (3, 10),
-        f"Python 3.10 or later is needed, got {sys.version.split()[0]}; make PYTHON=...",
-    )
+    version = sys.version.split()[0]
+    need(sys.version_info >= (3, 10), f"Python 3.10 or later is needed, got {version}; make PYTHON=...")
     main()
