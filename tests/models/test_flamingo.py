@@ -1,0 +1,365 @@
+"""The Flamingo model: sizes, placement, what reaches what, the media-time rules of decoding, and what a step trains."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmkernels import models
+from mmkernels.models.base import next_token_loss
+from mmkernels.models.sampling import Sampler
+
+IMAGE, CHUNK, END, PAD = 2, 3, 1, 0
+LATENTS = 8
+
+
+@pytest.fixture(scope="module")
+def model() -> models.Flamingo:
+    """flamingo-tiny with open gates: what it sees shows."""
+    torch.manual_seed(0)
+    model = models.build("flamingo-tiny")
+    with torch.no_grad():
+        for block in model.cross:
+            block.attention_gate.fill_(1.0)
+            block.ffn_gate.fill_(0.5)
+    return model.eval()
+
+
+def _text(*rows: str) -> Tensor:
+    """One id per letter: I an image, C the end of a chunk, E of the text, . padding, others text."""
+    special = {"I": IMAGE, "C": CHUNK, "E": END, ".": PAD}
+    return torch.tensor([[special.get(c, ord(c)) for c in row] for row in rows])
+
+
+def _images(batch: int, images: int, *frames: int) -> Tensor:
+    return torch.randn(batch, images, *frames, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def _clip_l() -> int:
+    block = 4 * 1024**2 + 4 * 1024 + 2 * 1024 * 4096 + 4096 + 1024 + 4 * 1024
+    return 3 * 14 * 14 * 1024 + 1024 + 257 * 1024 + 2 * 1024 + 24 * block
+
+
+def _connector(width: int, blocks: int) -> int:
+    layer = 4 * 1024 + 512 * 1024 + 1024 * 1024 + 512 * 1024 + 2 * 1024 + 2 * 1024 * 4096
+    block = 2 * width + 512 * width + 2 * 512 * 1024 + 512 * width + 2 * width + 8 * width**2 + 2
+    return 64 * 1024 + 6 * layer + 2 * 1024 + blocks * block
+
+
+def _mpt(width: int, layers: int, extra: int = 0) -> int:
+    return 50_432 * width + layers * (12 * width**2 + 2 * width + extra) + width
+
+
+def _gpt_neox(width: int, layers: int) -> int:
+    return 2 * 50_432 * width + layers * (12 * width**2 + 9 * width + 4 * width) + 2 * width
+
+
+PUBLISHED = {
+    "flamingo-3b": _clip_l() + _connector(2048, 24) + _mpt(2048, 24, extra=2 * 2048),
+    "flamingo-4b": _clip_l() + _connector(2560, 16) + _gpt_neox(2560, 32),
+    "flamingo-9b": _clip_l() + _connector(4096, 8) + _mpt(4096, 32),
+    "otter-9b": _clip_l() + _connector(4096, 8) + _mpt(4096, 32),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_the_published_size(name):
+    model = models.build(name, device="meta", dtype=torch.bfloat16)
+    count = sum(p.numel() for p in model.parameters())
+    assert abs(count / PUBLISHED[name] - 1) < 1e-3
+    assert all(p.is_meta and p.dtype == torch.bfloat16 for p in model.parameters())
+    joints = sum(p.numel() for n, p in model.named_parameters() if n.startswith(("resampler.", "cross.")))
+    assert joints == _connector(model.config.lm.block.width, len(model.cross))
+
+
+def test_names_that_do_not_exist_are_refused_with_a_hint():
+    assert set(PUBLISHED) | {"flamingo-tiny"} <= set(models.list())
+    with pytest.raises(ValueError, match="did you mean 'flamingo-9b'"):
+        models.build("flamingo-9")
+
+
+@pytest.mark.parametrize(
+    ("placement", "every", "order"),
+    [
+        ("open_flamingo", 2, "0x1 2x3"),
+        ("idefics", 2, "x0 1x2 3"),
+        ("after", 2, "0x1 2x3"),
+        ("open_flamingo", 3, "0 1x2 3"),
+    ],
+)
+def test_blocks_stand_where_the_published_ones_do(placement, every, order):
+    config = models.config("flamingo-tiny")
+    model = models.build(replace(config, cross=replace(config.cross, placement=placement, every=every)))
+    ran: list[str] = []
+    for n, block in enumerate(model.lm.blocks):
+        block.register_forward_hook(lambda *_, n=n: ran.append(str(n)))
+    for block in model.cross:
+        block.register_forward_hook(lambda *_: ran.append("x"))
+    model(input_ids=_text("Iab"))
+    assert "".join(ran) == order.replace(" ", "")
+
+
+def test_text_sees_neither_later_text_nor_later_images(model):
+    ids, images = _text("abIcdIef"), _images(1, 2)
+    with torch.no_grad():
+        logits = model(images, ids).logits
+        other = images.clone()
+        other[:, 1] += 1
+        changed = model(other, ids).logits
+        assert torch.equal(changed[:, :5], logits[:, :5]) and not torch.equal(changed[:, 5], logits[:, 5])
+        changed = model(images, _text("abIcdIeg")).logits
+        assert torch.equal(changed[:, :7], logits[:, :7])
+
+
+def test_samples_of_a_batch_do_not_meet(model):
+    ids, images = _text("Iabcd", "aIbIc"), _images(2, 2)
+    with torch.no_grad():
+        both = model(images, ids).logits
+        for n in range(2):
+            alone = model(images[n : n + 1], ids[n : n + 1]).logits
+            torch.testing.assert_close(both[n : n + 1], alone, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_steps_from_a_cache_equal_the_whole(model):
+    ids, images = _text("aIbcIdefgh", "IabcdefgCi"), _images(2, 2)
+    whole = model(images, ids).logits
+    cache = model.new_cache(2, 10)
+    parts = [model(images, ids[:, :6], cache=cache).logits]
+    parts += [model(input_ids=part, cache=cache).logits for part in ids[:, 6:].split((1, 2, 1), dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_encoded_media_stand_for_their_images(model):
+    ids, images = _text("IabIcd"), _images(1, 2)
+    assert torch.equal(model(images, ids).logits, model(input_ids=ids, media=model.encode(images)).logits)
+
+
+def _seen(model, cache) -> list[list[tuple[int, int] | str]]:
+    """Which media (first, one past the last) each row of the last call saw; "all" where it averaged."""
+    c = cache.media["condition"]
+    b, images = c.media.shape[:2]
+    rows = zip(
+        c.intervals.lo.view(b, -1), c.intervals.hi.view(b, -1), c.intervals.uniform.view(b, -1), strict=True
+    )
+    return [
+        [
+            "all"
+            if u
+            else ((l - n * images * LATENTS) // LATENTS, (h - n * images * LATENTS) // LATENTS)
+            if h > l
+            else ()
+            for l, h, u in zip(lo.tolist(), hi.tolist(), uniform.tolist(), strict=True)
+        ]
+        for n, (lo, hi, uniform) in enumerate(rows)
+    ]
+
+
+@torch.no_grad()
+def test_media_time_while_decoding(model):
+    cache = model.new_cache(3, 12)
+    model(_images(3, 3), _text("IaIb", "abIc", "abcd"), cache=cache)
+    assert _seen(model, cache) == [
+        [(0, 1), (0, 1), (1, 2), (1, 2)],
+        [(), (), (0, 1), (0, 1)],
+        [(), (), (), ()],
+    ]
+    model(input_ids=_text("xy", "xy", "xy"), cache=cache)  # no media token: everyone keeps its last medium
+    assert _seen(model, cache) == [[(1, 2)] * 2, [(0, 1)] * 2, [(), ()]]
+    model(input_ids=_text("x", "I", "x"), cache=cache)  # one row has one: time restarts for the whole batch
+    assert _seen(model, cache) == [[()], [(0, 1)], [()]]
+    model(input_ids=_text("y", "y", "y"), cache=cache)  # and stays so
+    assert _seen(model, cache) == [[()], [(0, 1)], [()]]
+    model(input_ids=_text("IIII", "IIxx", "xxxx"), cache=cache)  # more media tokens than media
+    assert _seen(model, cache)[0] == [(0, 1), (1, 2), (2, 3), "all"]
+    cache.text.length = 0
+    model(input_ids=_text("z", "z", "z"), cache=cache)
+    assert _seen(model, cache) == [["all"], [(1, 2)], [()]]
+    model(_images(3, 1), _text("Iz", "zI", "zz"), cache=cache)  # new media: their own time
+    assert _seen(model, cache) == [[(0, 1), (0, 1)], [(), (0, 1)], [(), ()]]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_generation_from_prompts_of_unequal_length(model, side):
+    prompts, images = ["IabCIcd", "Ie", "xyzIf"], _images(3, 2)
+    pad = str.rjust if side == "left" else str.ljust
+    ids = _text(*(pad(p, 7, ".") for p in prompts))
+    together = model.generate(images, ids, ids != PAD, max_new_tokens=4, stop=())
+    for n, prompt in enumerate(prompts):
+        alone = model.generate(images[n : n + 1], _text(prompt), max_new_tokens=4, stop=())
+        assert torch.equal(together[n : n + 1], alone), n
+        slow, text = _text(prompt), []
+        for _ in range(4):  # without a cache
+            with torch.no_grad():
+                text.append(model(images[n : n + 1], slow).logits[:, -1].argmax(-1))
+            slow = torch.cat([slow, text[-1][:, None]], 1)
+        assert torch.equal(torch.stack(text, 1), alone), n
+
+
+def test_a_row_ends_at_its_stop_token(model):
+    images, ids = _images(2, 1), _text("Iab", "Icd")
+    free = model.generate(images, ids, max_new_tokens=6, stop=())
+    stop = int(free[0, 2])
+    first = [int((row == stop).nonzero()[0]) if bool((row == stop).any()) else 5 for row in free]
+    ended = model.generate(images, ids, max_new_tokens=6, stop=(stop,))
+    assert ended.shape[1] == max(first) + 1
+    for row, whole, end in zip(ended, free, first, strict=True):
+        assert torch.equal(row[: end + 1], whole[: end + 1]) and not row[end + 1 :].any()
+
+
+def test_sampling(model):
+    logits = torch.randn(40, generator=torch.Generator().manual_seed(3)).expand(200, -1)
+    likeliest = logits[0].argsort(descending=True)
+
+    def draw(**options):
+        return Sampler(**options, generator=torch.Generator().manual_seed(0))(logits)
+
+    greedy = likeliest[:1].expand(200)
+    for options in ({"top_k": 1}, {"temperature": 1e-4}, {"top_p": 1e-6}, {"temperature": 0.0}):
+        assert torch.equal(draw(**{"temperature": 1.0, **options}), greedy), options
+    free = draw(temperature=9.0)
+    assert torch.equal(free, draw(temperature=9.0)) and len(free.unique()) > 30
+    assert set(draw(temperature=9.0, top_k=4).tolist()) == set(likeliest[:4].tolist())
+    mass = (logits[0] / 9).softmax(-1)[likeliest].cumsum(-1)
+    kept = likeliest[: int((mass < 0.2).sum()) + 1]  # the fewest that reach it
+    assert set(draw(temperature=9.0, top_p=0.2).tolist()) == set(kept.tolist()) and len(kept) > 2
+    one = [model.generate(_images(1, 1), _text("Iab"), max_new_tokens=2, temperature=3.0, top_k=5, stop=(),
+                          generator=torch.Generator().manual_seed(n)) for n in (0, 0, 1, 2, 3)]  # fmt: skip
+    assert torch.equal(one[0], one[1]) and any(not torch.equal(one[0], other) for other in one)
+    for bad in ({"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"max_new_tokens": 0}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            model.generate(_images(1, 1), _text("Iab"), **bad)
+
+
+def test_videos_are_frames_of_one_medium(model):
+    ids, video = _text("Iab"), _images(1, 1, 4)
+    with torch.no_grad():
+        still, moving = model(video[:, :, :1], ids).logits, model(video, ids).logits
+        assert torch.equal(still, model(video[:, :, 0], ids).logits)
+    assert moving.shape == still.shape and not torch.equal(moving, still)
+    with pytest.raises(ValueError, match="max_frames = 8"):
+        model(_images(1, 1, 9), ids)
+
+
+def test_labels():
+    tokens = models.config("flamingo-tiny").tokens
+    ids = _text("abIcdCeIfCE...", "...ICabIIcdCCx")
+    want = _text("...cdC..fC....", "....C....cdC..")
+    expect = torch.where(want == PAD, -100, want)
+    assert torch.equal(models.flamingo_labels(ids, tokens), expect)
+    mask = ids != PAD
+    mask[0, 5] = False
+    masked = models.flamingo_labels(ids, tokens, mask)
+    assert masked[0, 5] == -100 and torch.equal(masked[1], expect[1])
+    pairs = models.flamingo_labels(_text("IabCE.."), tokens, interleaved=False)
+    assert pairs.tolist() == [[-100, ord("a"), ord("b"), CHUNK, END, -100, -100]]
+
+
+def test_loss_is_the_mean_over_what_is_predicted(model):
+    ids, images = _text("IabC", "IcC."), _images(2, 1)
+    labels = models.flamingo_labels(ids, model.tokens)
+    out = model(images, ids, ids != PAD, labels)
+    plain = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    torch.testing.assert_close(out.loss, plain)
+    logits = out.logits.detach().requires_grad_()
+    nothing = next_token_loss(logits, torch.full_like(labels, -100))
+    nothing.backward()
+    assert nothing == 0 and not logits.grad.any()
+
+
+def test_a_step_trains_the_joints_and_the_special_rows_only(model):
+    """Under AdamW with weight decay on everything, what is frozen stays as it is, bit for bit."""
+    model = copy.deepcopy(model).train()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    stage = model.stages()[-1]
+    stage.freeze(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.5)
+    for _ in range(2):
+        batches = {
+            "pairs": {"images": _images(2, 1), "input_ids": (ids := _text("IabCE", "IcCE.")),
+                      "labels": models.flamingo_labels(ids, model.tokens, interleaved=False)},
+            "interleaved": {"images": _images(2, 2), "input_ids": (ids := _text("aIbCIcC", "IdefgCE")),
+                            "labels": models.flamingo_labels(ids, model.tokens)},
+        }  # fmt: skip
+        optimizer.zero_grad()
+        loss = model.loss(batches, stage)
+        separate = {name: float(model(**batch).loss.detach()) for name, batch in batches.items()}
+        assert float(loss.detach()) == pytest.approx(
+            0.2 * separate["pairs"] + separate["interleaved"], rel=1e-5
+        )
+        loss.backward()
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        trained = name.startswith(("resampler.", "cross.")) or name == "lm.special_rows"
+        assert (
+            trained == (not torch.equal(parameter, before[name])) or name == "resampler.frame_embeddings"
+        ), name
+        assert trained == (parameter.grad is not None), name
+    with pytest.raises(ValueError, match="batches: got"):
+        model.loss({"pairs": {}}, stage)
+
+
+def test_a_frozen_tower_records_no_gradient(model):
+    recorded = []
+    handle = model.vision.register_forward_hook(lambda m, i, out: recorded.append(out.requires_grad))
+    model.encode(_images(1, 1))
+    model.vision.requires_grad_(True)
+    model.encode(_images(1, 1))
+    model.vision.requires_grad_(False)
+    handle.remove()
+    assert recorded == [False, True]
+
+
+@pytest.mark.parametrize("name", models.list())
+def test_stages_name_parameters_that_exist(name):
+    model = models.build(name, device="meta")
+    if not isinstance(model, models.Flamingo):
+        pytest.skip("another family's recipe")
+    for stage in model.stages():
+        stage.freeze(model)
+        groups = stage.parameter_groups(model)
+        assert sum(len(g["params"]) for g in groups) == sum(p.requires_grad for p in model.parameters())
+        decayed = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
+        assert decayed <= {id(p) for p in model.cross.parameters()}
+        assert set(stage.losses) == set(stage.mix)
+    with pytest.raises(ValueError, match="nothing_like_it"):
+        replace(stage, trainable=("nothing_like_it.*",)).freeze(model)
+
+
+def test_text_alone(model):
+    with torch.no_grad():
+        plain, blind = model(input_ids=_text("abcd")), model(_images(1, 1), _text("abcd"))
+    torch.testing.assert_close(plain.logits, blind.logits)
+    assert model.generate(None, _text("ab"), max_new_tokens=2, stop=()).shape == (1, 2)
+
+
+def test_bad_input_is_refused_by_name(model):
+    ids, images = _text("Iab"), _images(1, 1)
+    hole = torch.tensor([[True, False, True]])
+    for error, match, call in (
+        (ValueError, "input_ids: got None", lambda: model(images)),
+        (ValueError, "input_ids: got shape", lambda: model(images, ids[0])),
+        (ValueError, "input_ids: got ids 2 to 600", lambda: model(images, torch.tensor([[2, 600]]))),
+        (TypeError, "input_ids: got torch.float32", lambda: model(images, ids.float())),
+        (TypeError, "attention_mask: got torch.int64", lambda: model(images, ids, ids)),
+        (ValueError, "attention_mask: got a row with a hole", lambda: model(images, ids, hole)),
+        (ValueError, "labels: got shape", lambda: model(images, ids, labels=ids[:, 1:])),
+        (ValueError, "images: got shape", lambda: model(images[0], ids)),
+        (ValueError, "images: got shape", lambda: model(_images(1, 1)[..., :16], ids)),
+        (ValueError, "media: got shape", lambda: model(_images(2, 1), ids)),
+        (ValueError, "cache: got one while gradients", lambda: model(images, ids, cache=model.new_cache(1, 4))),
+        (ValueError, "padding on the right", lambda: model.requires_grad_(False)(
+            images, ids, torch.tensor([[True, True, False]]), cache=model.new_cache(1, 4))),
+        (ValueError, "placement", lambda: models.build(replace(
+            model.config, cross=replace(model.config.cross, placement="between")))),
+        (ValueError, "every: got 9", lambda: models.build(replace(model.config, cross=replace(model.config.cross, every=9)))),
+    ):  # fmt: skip
+        with pytest.raises(error, match=match):
+            call()
+    model.config.stages[-1].freeze(model)
