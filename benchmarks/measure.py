@@ -1,115 +1,191 @@
-"""Timing and memory: interleaved in one process, medians, nothing averaged away."""
+"""Time and memory of functions that compete: interleaved in one process, so that what disturbs one disturbs all."""
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch import Tensor
 
-Function = Callable[[], object]
-_FLUSH_BYTES = 64 << 20  # more than an L2 cache holds
+Function = Callable[[], Any]
+Times = dict[str, list[float | None]]  # seconds a call, one entry a round; None where the function sat out
 
-
-@dataclass(frozen=True)
-class Machine:
-    """What this machine reached in this run: the floor of every row is made of these two rates."""
-
-    flops: dict[str, float]
-    bytes: float
+SHORT = 5e-3  # functions below this are warmed before every sample and timed over several calls
+SAMPLE = 1e-3  # seconds that a sample of a short function lasts at least
+FEWEST = 3  # samples of the slowest function
 
 
-def _seconds(function: Function, device: str) -> float:
-    if device == "cpu":
-        start = time.perf_counter()
-        function()
-        return time.perf_counter() - start
-    torch.empty(
-        _FLUSH_BYTES, dtype=torch.int8, device=device
-    ).zero_()  # a cold L2: layers do not meet a warm one
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    function()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+class Clock(Protocol):
+    def __call__(self, function: Function, calls: int) -> float:
+        """Seconds a call."""
+        ...
 
 
-def interleave(functions: Mapping[str, Function], device: str, budget: float) -> dict[str, list[float]]:
-    """Seconds of each function, A-B-A-B, for about `budget` seconds; slow peers drop out after three rounds."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for function in functions.values():
-        function()
+def cpu_clock(function: Function, calls: int) -> float:
     start = time.perf_counter()
-    while time.perf_counter() - start < budget or len(times["ours"]) < 5:
-        for name, function in functions.items():
-            slow = len(times[name]) >= 3 and times[name][-1] > budget / 10
-            if not slow or len(times["ours"]) < 3:
-                times[name].append(_seconds(function, device))
-        if len(times["ours"]) >= 200:
-            break
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - start) / calls
+
+
+class CudaClock:
+    """Device time by events; before each call a write larger than the L2 cache evicts it."""
+
+    FLUSH = 256 << 20
+
+    def __init__(self) -> None:
+        self.flush = torch.empty(self.FLUSH, dtype=torch.int8, device="cuda")
+
+    def __call__(self, function: Function, calls: int) -> float:
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+        for start, end in pairs:
+            self.flush.zero_()
+            start.record()
+            function()
+            end.record()
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in pairs) / calls / 1e3
+
+
+def clock(device: str) -> Clock:
+    return CudaClock() if device == "cuda" else cpu_clock
+
+
+def interleave(functions: dict[str, Function], clock: Clock, *, seconds: float, rounds: int) -> Times:
+    """Times all functions, called before, in turn, each round starting with another one, within about `seconds` altogether.
+
+    A slow function takes part in fewer rounds, spread evenly, but in at least FEWEST; the first function, whose time all
+    ratios share, in every round.
+    """
+    first = {name: clock(function, 1) for name, function in functions.items()}
+    share = seconds / len(functions)
+    takes = {name: max(FEWEST, min(rounds, int(share / _sample_cost(first[name])))) for name in functions}
+    rounds = takes[next(iter(functions))]
+    calls = {name: _calls(first[name]) for name in functions}
+    times: Times = {name: [] for name in functions}
+    order = list(functions)
+    for turn in range(rounds):
+        for name in order[turn % len(order) :] + order[: turn % len(order)]:
+            if turn * takes[name] % rounds >= min(takes[name], rounds):
+                times[name].append(None)
+                continue
+            if first[name] < SHORT:
+                functions[name]()
+            times[name].append(clock(functions[name], calls[name]))
     return times
 
 
-def quantiles(seconds: list[float]) -> dict[str, float]:
-    """Median, p20 and p80 in milliseconds."""
-    ordered = sorted(seconds)
-
-    def at(share: float) -> float:
-        return 1e3 * ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))]
-
-    return {"median": 1e3 * statistics.median(seconds), "p20": at(0.2), "p80": at(0.8)}
+def _calls(seconds: float) -> int:
+    return 1 if seconds >= SAMPLE else min(100, math.ceil(SAMPLE / max(seconds, 1e-7)))
 
 
-def ratio(peer: list[float], ours: list[float]) -> dict[str, float]:
-    """How many times longer the peer takes: medians, and the p20 of the ratios of neighbouring runs."""
-    pairs = sorted(a / b for a, b in zip(peer, ours, strict=False))
-    return {"median": statistics.median(peer) / statistics.median(ours), "p20": pairs[len(pairs) // 5]}
+def _sample_cost(seconds: float) -> float:
+    return max(1e-7, seconds * (_calls(seconds) + (seconds < SHORT)))
 
 
-def spread(seconds: list[float]) -> float:
-    """Ours against itself: the median of odd runs over the median of even ones, as a distance from 1."""
-    if len(seconds) < 4:
-        return 0.0
-    return abs(statistics.median(seconds[::2]) / statistics.median(seconds[1::2]) - 1)
+@dataclass(frozen=True)
+class Spread:
+    """What is kept of many samples."""
+
+    median: float
+    p20: float
+    p80: float
+
+    @classmethod
+    def of(cls, samples: list[float], scale: float = 1.0) -> Spread:
+        low, high = _percentile(samples, 0.2), _percentile(samples, 0.8)
+        return cls(*(scale * value for value in (statistics.median(samples), low, high)))
+
+    def rounded(self) -> dict[str, float]:
+        return {name: significant(getattr(self, name)) for name in ("median", "p20", "p80")}
+
+
+def significant(value: float, digits: int = 4) -> float:
+    return float(f"{value:.{digits}g}")
+
+
+def _percentile(samples: list[float], share: float) -> float:
+    """Linear between neighbours, as everybody's percentiles are."""
+    ordered, at = sorted(samples), share * (len(samples) - 1)
+    low = int(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+
+
+def spread(times: Times, name: str) -> Spread:
+    """Milliseconds."""
+    return Spread.of([t for t in times[name] if t is not None], 1e3)
+
+
+def ratio(times: Times, peer: str, ours: str) -> Spread:
+    """peer / ours, round by round, where both were timed."""
+    pairs = zip(times[peer], times[ours], strict=True)
+    return Spread.of([p / o for p, o in pairs if p is not None and o is not None])
 
 
 def extra_bytes(function: Function, device: str) -> int:
-    """Peak of what one call holds beyond what it started with, its results included."""
-    if device != "cpu":
+    """Peak memory of one call beyond what was there before and what it returns."""
+    if device == "cuda":
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        function()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        function()
+        kept = _bytes(function())
+        return max(0, torch.cuda.max_memory_allocated() - before - kept)
+    with _quiet_profiler(), torch.autograd.profiler.profile(profile_memory=True) as profile:
+        kept = _bytes(function())
+    events: list[Any] = profile.kineto_results.events()  # type: ignore[union-attr]
+    moves = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     held = peak = 0
-    for event in sorted(seen.profiler.kineto_results.events(), key=lambda e: e.start_ns()):  # type: ignore[union-attr]
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
+    for _, size in moves:
+        held += size
+        peak = max(peak, held)
+    return max(0, peak - kept)
 
 
-def probe(device: str) -> Machine:
-    """Products of 1024 x 1024 in each dtype, and a copy of 64 MiB: the rates that the floors assume."""
-    flops = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.randn(1024, 1024, device=device).to(dtype)
-        best = min(_seconds(lambda a=a: torch.mm(a, a), device) for _ in range(12))
-        flops[str(dtype).removeprefix("torch.")] = 2 * 1024**3 / best
-    x = torch.empty(16 << 20, device=device)
-    y = torch.empty_like(x)
-    best = min(_seconds(lambda: y.copy_(x), device) for _ in range(12))
-    # a CPU without bfloat16 units computes in float32, and so do we: its floor is float32's
-    flops["bfloat16"] = max(flops["bfloat16"], flops["float32"]) if device == "cpu" else flops["bfloat16"]
-    return Machine(flops, 2 * x.nbytes / best)
+@contextlib.contextmanager
+def _quiet_profiler() -> Iterator[None]:
+    """The profiler announces its start and stop on standard error, from C++."""
+    saved, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(sink)
 
 
-def load() -> float:
-    """Processes that wanted a core over the last minute, for each core there is."""
-    return os.getloadavg()[0] / (os.cpu_count() or 1)
+def _bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.untyped_storage().nbytes()
+    return sum(map(_bytes, value)) if isinstance(value, (tuple, list)) else 0
+
+
+def graph_seconds(function: Function, replays: int = 20) -> float:
+    """CUDA: seconds a call inside a replayed graph of `replays` calls, without any launch from Python."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(replays):
+            function()
+    times = []
+    for _ in range(10):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / replays)
+    return statistics.median(times)

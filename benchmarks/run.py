@@ -1,233 +1,283 @@
-"""The one benchmark runner: every room's BENCH table, correctness first, then ours and the peers interleaved."""
+"""The one runner for all rooms: correctness first, then ours and its peers interleaved, one row for each pass."""
 
 from __future__ import annotations
 
 import gc
-import os
-import platform
-import subprocess
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import measure
+from benchmarks import machine, measure
 from benchmarks.peers import peers
-from mmkernels import _version
+from mmkernels import explain, using
 from mmkernels.primitives import _accuracy as accuracy
-from mmkernels.primitives._case import Case, Inputs, Room, Unsuited
-from mmkernels.primitives._op import OPS
+from mmkernels.primitives._case import Case, Cost, Inputs, Peer, Room, Unsuited
+from mmkernels.primitives._op import BACKENDS, OPS
 from mmkernels.rooms import rooms
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SLOW = ("compiled", "flex")  # seconds of compilation each: headline rows only, unless asked for
-_CPU_FLOPS = 6e10  # a larger forward pass would keep two cores busy for minutes
-_EXACT_BYTES = 1.5e9  # the float64 reference is dense: beyond this its scores would not fit
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What to run; empty means everything."""
-
-    op: str = ""
-    shape: str = ""
-    dtype: str = ""
-    device: str = "cpu"
-    passes: str = ""
-    peers: tuple[str, ...] = ()
-    quick: bool = False
-
+PASSES = ("fwd", "bwd", "fwd+bwd")
+BUILT = ("compiled", "flex")  # seconds to build each: timed on headline rows, or when asked for
+CPU_FLOPS = 5e10  # a larger forward pass would keep two cores busy for minutes
+GATE_BYTES = 3e8  # the float64 law is dense: a row whose scores are larger is judged with fewer samples
 
 Row = dict[str, Any]
 
 
-def run(wanted: Wanted, progress: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """One object in the documented JSON form."""
-    _know(wanted)
-    machine = measure.probe(wanted.device)
-    before, rows = measure.load(), []
-    for room, case, dtype in _table(wanted):
-        progress(f"{room.name} {case.name} {dtype}")
-        rows += _rows(room, case, dtype, wanted, machine)
-        gc.collect()
-    return {
-        "device": _device(wanted.device),
-        "machine": {"gflops": {d: f / 1e9 for d, f in machine.flops.items()}, "gbytes": machine.bytes / 1e9},
-        "load": {"before": before, "after": measure.load(), "loaded": before > 0.5},
-        "versions": {
-            "mmkernels": _version.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "git": _git(),
-        "rows": rows,
-    }
+@dataclass(frozen=True)
+class Wanted:
+    """What to run; an empty tuple means all there is."""
+
+    ops: tuple[str, ...] = ()
+    shapes: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    passes: tuple[str, ...] = ()
+    peers: tuple[str, ...] = ()
+    device: str = "cpu"
+    quick: bool = False
+    seconds: float = 2.0  # for the timing of a row
+
+    def __post_init__(self) -> None:
+        """**Raises** ValueError for a name that no room knows."""
+        table = [(room, case) for room in rooms().values() for case in room.bench]
+        known = {
+            "ops": {room.name for room, _ in table},
+            "shapes": {case.name for room, case in table if not self.ops or room.name in self.ops},
+            "dtypes": set(DTYPES),
+            "passes": set(PASSES),
+            "peers": {name for room, _ in table for name in peers(room)} | {"compiled", *BACKENDS},
+        }
+        for field, allowed in known.items():
+            for value in getattr(self, field):
+                if value not in allowed:
+                    raise ValueError(f"{field}: got {value!r}, expected some of {', '.join(sorted(allowed))}")
+        if self.device not in ("cpu", "cuda") or (self.device == "cuda" and not torch.cuda.is_available()):
+            raise ValueError(f"device: got {self.device!r}, expected cpu, or cuda where torch sees one")
+
+    @property
+    def everything(self) -> bool:
+        return not (self.ops or self.shapes or self.dtypes or self.passes or self.peers or self.quick)
 
 
-def _know(wanted: Wanted) -> None:
-    known = {"op": set(rooms()), "dtype": set(DTYPES), "passes": {"fwd", "fwd+bwd"}}
-    known["shape"] = {case.name for room in rooms().values() for case in room.bench}
-    for name, allowed in known.items():
-        value = getattr(wanted, name)
-        if value and value not in allowed:
-            raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(sorted(allowed))}")
-    if wanted.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: got 'cuda', but torch sees no CUDA device")
+def table(wanted: Wanted) -> list[tuple[Room, Case, torch.dtype]]:
+    """The rows to run, before they are split by pass."""
+    return [
+        (room, case, dtype)
+        for room in rooms().values()
+        for case in room.bench
+        for dtype in case.dtypes
+        if (not wanted.ops or room.name in wanted.ops)
+        and (not wanted.shapes or case.name in wanted.shapes)
+        and (not wanted.dtypes or _name(dtype) in wanted.dtypes)
+        and (case.headline or not wanted.quick)
+    ]
 
 
-def _table(wanted: Wanted) -> Iterator[tuple[Room, Case, str]]:
-    for room in rooms().values():
-        for case in room.bench:
-            for dtype in DTYPES:
-                asked = (
-                    wanted.op in ("", room.name)
-                    and wanted.shape in ("", case.name)
-                    and wanted.dtype in ("", dtype)
-                )
-                if asked and DTYPES[dtype] in case.dtypes and (case.headline or not wanted.quick):
-                    yield room, case, dtype
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def _rows(room: Room, case: Case, dtype: str, wanted: Wanted, machine: measure.Machine) -> list[Row]:
-    torch.manual_seed(0)
-    inputs = room.make(seed=1, dtype=DTYPES[dtype], device=wanted.device, **case.sizes)
+def bench(room: Room, case: Case, dtype: torch.dtype, wanted: Wanted) -> Iterator[Row]:
+    """One row for each pass of one shape in one dtype; a row that is wrong has no time, one that is skipped says why."""
+    head = {"op": room.name, "shape": case.name, "dtype": _name(dtype), "headline": case.headline}
+    inputs = room.make(seed=1, dtype=dtype, device=wanted.device, **case.sizes)
     cost = room.cost(inputs)
-    head = {"op": room.name, "shape": case.name, "dtype": dtype}
-    if wanted.device == "cpu" and cost.flops > _CPU_FLOPS:
-        return [head | {"skipped": f"{cost.flops / 1e9:.0f} GFLOP are too many for this device"}]
-    excess, whose = _gate(room, case, DTYPES[dtype], wanted.device)
-    found = []
-    for which in case.passes:
-        if wanted.passes in ("", which):
-            row = head | {"pass": which, "backend": _backend(room, inputs), "correct": excess <= 1}
-            if excess > 1:
-                row["error"] = f"{whose} is {excess:.2f} times the allowed error"
-            else:
-                row |= _time(room, case, inputs, which, wanted)
-                row |= _floor(cost, which, machine, dtype)
-                row["share_of_floor"] = row["floor_ms"] / row["ms"]["median"]
-            found.append(row)
+    passes = wanted.passes or case.passes
+    if wanted.device == "cpu" and cost.flops > CPU_FLOPS:
+        why = f"{cost.flops / 1e9:.0f} GFLOP in a forward pass are too many for a CPU"
+        yield from ({**head, "pass": which, "skipped": why} for which in passes)
+        return
+    verdict = gate(room, case, dtype, wanted.device)
+    for which in passes:
+        row = {**head, "pass": which, "backend": backend(room, inputs, which, wanted.device), **verdict}
+        row |= floor(cost, which, wanted.device, dtype)
+        if verdict["correct"]:
+            row |= _timed(room, case, inputs, which, wanted)
+            row["share_of_floor"] = measure.significant(row["floor_ms"] / row["ms"]["median"])
+        gc.collect()
+        yield row
+
+
+def gate(room: Room, case: Case, dtype: torch.dtype, device: str) -> Row:
+    """The accuracy rule on outputs and gradients: `correct`, by how much of the allowed error, and whose it is."""
+    sizes, samples = dict(case.sizes), case.sizes.get("batch", 1)
+    inputs = room.make(seed=2, dtype=dtype, device=device, **sizes)
+    while _scores(inputs) > GATE_BYTES and sizes.get("batch", 1) > 1:
+        sizes["batch"] //= 2
+        inputs = room.make(seed=2, dtype=dtype, device=device, **sizes)
+    fresh = accuracy.leaves(inputs, room)
+    ours = accuracy.results(room, fresh, lambda: room.call(fresh))
+    excess, whose = accuracy.worst_excess(ours, accuracy.eager(room, inputs), accuracy.exact(room, inputs))
+    found: Row = {
+        "correct": excess <= 1,
+        "share_of_allowed_error": measure.significant(excess, 3),
+        "worst": whose,
+    }
+    if sizes.get("batch", 1) != samples:
+        found["judged_samples"] = sizes["batch"]
     return found
 
 
-def _gate(room: Room, case: Case, dtype: torch.dtype, device: str) -> tuple[float, str]:
-    """The accuracy rule on the row's own shape; one too large for a dense float64 reference is judged with fewer rows."""
-    sizes = dict(case.sizes)
-    keys = sizes.get("keys", sizes.get("images", 1) * sizes.get("latents", 64))
-    while sizes.get("batch", 1) * sizes.get("rows", 1) * keys * sizes.get("heads", 1) * 8 * 4 > _EXACT_BYTES:
-        sizes["rows" if sizes.get("batch", 1) == 1 else "batch"] //= 2
-    inputs = room.make(seed=1, dtype=dtype, device=device, **sizes)
-    ours = accuracy.leaves(inputs, room)
-    found = accuracy.results(room, ours, lambda: room.call(ours))
-    return accuracy.worst_excess(found, accuracy.eager(room, inputs), accuracy.exact(room, inputs))
+def _scores(inputs: Inputs) -> float:
+    """Bytes of one dense float64 score tensor over these inputs' queries, keys and heads; 0 where nothing attends."""
+    if "lo" not in inputs or "k" not in inputs:
+        return 0.0
+    lo, k = inputs["lo"], inputs["k"]
+    heads = inputs.get("heads") or inputs["q"].shape[1]
+    return 8.0 * lo.numel() * heads * (k.shape[0] if k.dim() == 3 else k.shape[2])
 
 
-def _backend(room: Room, inputs: Inputs) -> str:
-    from mmkernels import explain
+def backend(room: Room, inputs: Inputs, which: str, device: str) -> str:
+    """Who serves the pass: one name, or `forward/backward` where they differ."""
+    chosen = [row for row in explain(room.call, inputs) if row[0] == room.ops[0] and not row[2]]
+    ahead = chosen[0][1] if chosen else "composed"
+    if which == "fwd" or len(room.ops) < 2:
+        return ahead
+    back = next((row.backend for row in OPS[room.ops[1]].rows[device] if not row.present()), "reference")
+    back = ahead if ahead == "reference" else back
+    return ahead if which == "fwd+bwd" and ahead == back else back if which == "bwd" else f"{ahead}/{back}"
 
-    rows = [row for row in explain(room.call, inputs) if row[0] == room.ops[0] and not row[2]]
-    return rows[0][1]
+
+def floor(cost: Cost, which: str, device: str, dtype: torch.dtype) -> Row:
+    """What the pass must compute and move, and the time this machine's best rates would take for it."""
+    flops = cost.flops * {"fwd": 1, "bwd": cost.backward, "fwd+bwd": 1 + cost.backward}[which]
+    moved = cost.bytes * {"fwd": 1, "bwd": cost.backward_bytes, "fwd+bwd": 1 + cost.backward_bytes}[which]
+    seconds = max(flops / machine.flops(device, dtype), moved / machine.bandwidth(device, moved))
+    return {"flops": flops, "bytes": moved, "floor_ms": measure.significant(1e3 * seconds)}
 
 
-def _function(run: Callable[[], Any], inputs: Inputs, room: Room, which: str) -> Callable[[], object]:
+def _function(run: Callable[[], Any], inputs: Inputs, room: Room, which: str) -> measure.Function:
+    """The pass as a function without arguments that returns what it made."""
     if which == "fwd":
+        return torch.no_grad()(run)
 
-        def forward() -> object:
-            with torch.no_grad():
-                return run()
+    def output() -> Tensor:
+        out = run()
+        return out if isinstance(out, Tensor) else out[0]
 
-        return forward
     leaves = [inputs[n] for n in room.differentiable if isinstance(inputs.get(n), Tensor)]
-    with torch.no_grad():
-        out = run()
-    weight = torch.randn_like(out if isinstance(out, Tensor) else out[0])
+    out = output()
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out)
+    rules = {"grad_outputs": weight, "allow_unused": True}
+    if which == "bwd":
+        return lambda: torch.autograd.grad(out, leaves, retain_graph=True, **rules)
 
-    def both() -> object:
-        out = run()
-        return torch.autograd.grad(
-            out if isinstance(out, Tensor) else out[0], leaves, weight, allow_unused=True
-        )
+    def both() -> tuple[Any, ...]:
+        out = output()
+        return (out.detach(), *torch.autograd.grad(out, leaves, **rules))
 
     return both
 
 
-def _time(room: Room, case: Case, inputs: Inputs, which: str, wanted: Wanted) -> Row:
-    fresh = accuracy.leaves(inputs, room)
-    functions = {"ours": _function(lambda: room.call(fresh), fresh, room, which)}
-    absent: dict[str, str] = {}
-    for name, prepare in _peers(room, case, wanted).items():
-        try:
-            functions[name] = _function(prepare(fresh), fresh, room, which)
-            functions[name]()
-        except Unsuited as reason:
-            absent[name] = str(reason)
-        except Exception as error:  # a peer that cannot run this row is reported, and the row goes on
-            absent[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            functions.pop(name, None)
-    times = measure.interleave(functions, wanted.device, 0.5 if wanted.quick else 1.0)
-    ratios = {name: measure.ratio(times[name], times["ours"]) for name in functions if name != "ours"}
-    return {
-        "ms": measure.quantiles(times["ours"]),
-        "ratio": {name: found["median"] for name, found in ratios.items()},
-        "ratio_p20": {name: found["p20"] for name, found in ratios.items()},
-        "peer_ms": {name: measure.quantiles(times[name])["median"] for name in ratios},
-        "absent": absent,
-        "spread": measure.spread(times["ours"]),
-        "extra_bytes": measure.extra_bytes(functions["ours"], wanted.device),
-        "input_output_bytes": _held(fresh, room),
-    }
+def _forced(room: Room, name: str) -> Peer:
+    """Ours on another backend, as a peer named after it."""
+
+    def peer(inputs: Inputs) -> Callable[[], Any]:
+        def run() -> Any:
+            with using(name):
+                return room.call(inputs)
+
+        return run
+
+    return peer
 
 
-def _peers(room: Room, case: Case, wanted: Wanted) -> dict[str, Callable[[Inputs], Callable[[], Tensor]]]:
+def candidates(room: Room, case: Case, wanted: Wanted) -> Mapping[str, Peer]:
+    """The peers of a row: those asked for, or all that do not take long to build, and those too on headline rows."""
     found = dict(peers(room))
     found["compiled"] = lambda inputs: torch.compile(room.peers["eager"](inputs), dynamic=False)
+    found |= {name: _forced(room, name) for name in BACKENDS}
     if wanted.peers:
-        unknown = set(wanted.peers) - set(found)
-        if unknown:
-            raise ValueError(
-                f"peers: got {', '.join(sorted(unknown))}, expected some of {', '.join(sorted(found))}"
-            )
-        return {name: found[name] for name in wanted.peers}
-    return {
-        name: peer
-        for name, peer in found.items()
-        if name not in _SLOW or (case.headline and not wanted.quick)
+        return {name: found[name] for name in wanted.peers if name in found}
+    patient = case.headline and not wanted.quick
+    return {n: peer for n, peer in found.items() if n not in BACKENDS and (patient or n not in BUILT)}
+
+
+def _timed(room: Room, case: Case, inputs: Inputs, which: str, wanted: Wanted) -> Row:
+    fresh = accuracy.leaves(inputs, room)
+    if which == "fwd":
+        fresh = {n: x.detach() if isinstance(x, Tensor) else x for n, x in fresh.items()}
+    functions = {"ours": _function(lambda: room.call(fresh), fresh, room, which)}
+    ours = functions["ours"]()
+    absent: dict[str, str] = {}
+    for name, prepare in candidates(room, case, wanted).items():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a peer's own
+                function = _function(prepare(fresh), fresh, room, which)
+                _same(function(), ours)
+            functions[name] = function
+        except Unsuited as reason:
+            absent[name] = str(reason)
+        except Exception as error:  # whatever ails a peer is reported, and the row goes on
+            absent[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    functions["again"] = functions["ours"]  # ours against itself: how close to 1 a ratio can be read
+    del ours
+    gc.collect()
+    return _row(functions, absent, fresh, wanted)
+
+
+def _same(found: Any, ours: Any) -> None:
+    """A peer that computes something else is no peer. Numbers that stand alone may vanish by cancellation: not compared."""
+    for a, b in zip(_tensors(found), _tensors(ours), strict=True):
+        if b.numel() > 1:
+            step = torch.finfo(b.dtype).eps ** 0.5
+            if not float((a - b).abs().max()) <= step * float(b.abs().max()):
+                raise Unsuited("it computes something else")
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else [x for x in value if x is not None]
+
+
+def _row(
+    functions: dict[str, measure.Function], absent: dict[str, str], fresh: Inputs, wanted: Wanted
+) -> Row:
+    clock, neighbours = measure.clock(wanted.device), machine.Neighbours()
+    seconds, rounds = (wanted.seconds / 4, 10) if wanted.quick else (wanted.seconds, 40)
+    times = measure.interleave(functions, clock, seconds=seconds, rounds=rounds)
+    others = neighbours.cores()
+    rivals = [name for name in functions if name not in ("ours", "again")]
+    ratios = {name: measure.ratio(times, name, "ours") for name in rivals}
+    memory = {name: measure.extra_bytes(functions[name], wanted.device) for name in ("ours", *rivals)}
+    made = functions["ours"]()
+    row: Row = {
+        "ms": measure.spread(times, "ours").rounded(),
+        "ratio": {name: measure.significant(found.median) for name, found in ratios.items()},
+        "ratio_p20": {name: measure.significant(found.p20) for name, found in ratios.items()},
+        "ratio_p80": {name: measure.significant(found.p80) for name, found in ratios.items()},
+        "peer_ms": {name: measure.spread(times, name).rounded() for name in rivals},
+        "itself": measure.ratio(times, "again", "ours").rounded(),
+        "extra_bytes": memory.pop("ours"),
+        "peer_extra_bytes": memory,
+        "input_output_bytes": sum(x.nbytes for x in (*_held(fresh), *_tensors(made))),
+        "absent": absent,
+        "others_cores": others,
+        "loaded": others is not None and others > machine.BUSY,
     }
+    if wanted.device == "cuda":
+        row |= _launches(functions, rivals)
+    return row
 
 
-def _held(inputs: Inputs, room: Room) -> int:
-    with torch.no_grad():
-        out = room.call(inputs)
-    out = out if isinstance(out, Tensor) else out[0]
-    return out.nbytes + sum(x.nbytes for x in inputs.values() if isinstance(x, Tensor))
+def _held(inputs: Inputs) -> list[Tensor]:
+    return [x for x in inputs.values() if isinstance(x, Tensor)]
 
 
-def _floor(cost: Any, which: str, machine: measure.Machine, dtype: str) -> Row:
-    factor = (1.0, 1.0) if which == "fwd" else (1 + cost.backward, 1 + cost.backward_bytes)
-    flops, moved = cost.flops * factor[0], cost.bytes * factor[1]
-    rate = machine.flops.get(dtype, machine.flops["bfloat16"])
-    return {"flops": flops, "bytes": moved, "floor_ms": 1e3 * max(flops / rate, moved / machine.bytes)}
-
-
-def _device(kind: str) -> dict[str, Any]:
-    if kind == "cuda":
-        return {"kind": kind, "name": torch.cuda.get_device_name()}
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    isa = os.environ.get("MMKERNELS_ISA") or torch.backends.cpu.get_cpu_capability()
-    amx = torch.cpu._is_amx_tile_supported()
-    name = names[0].partition(":")[2].strip() if names else platform.processor()
-    return {"kind": kind, "name": name, "threads": torch.get_num_threads(), "isa": isa, "amx": amx}
-
-
-def _git() -> str:
-    answer = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    return answer.stdout.strip() or "unknown"
-
-
-def devices() -> list[str]:
-    return sorted({device for op in OPS.values() for device in op.rows})
+def _launches(functions: dict[str, measure.Function], rivals: list[str]) -> Row:
+    """CUDA: kernels alone (a replayed graph), and the wall clock of a call from Python."""
+    found: Row = {"graph_ms": {}, "wall_ms": {}}
+    for name in ("ours", *rivals):
+        torch.cuda.synchronize()
+        seconds = measure.cpu_clock(lambda f=functions[name]: (f(), torch.cuda.synchronize()), 10)
+        found["wall_ms"][name] = measure.significant(1e3 * seconds)
+        try:
+            found["graph_ms"][name] = measure.significant(1e3 * measure.graph_seconds(functions[name]))
+        except RuntimeError as error:
+            found["graph_ms"][name] = None
+            found.setdefault("no_graph", {})[name] = str(error).splitlines()[0][:200]
+    return found

@@ -24,8 +24,7 @@ def _compare(room: Room, name: str) -> Counter[str]:
         try:
             function = PEERS[room.name][name](fresh)
         except Unsuited as reason:
-            assert str(reason)
-            taken["unsuited"] += 1
+            taken["unsuited" if str(reason) else "silent"] += 1
             continue
         found = accuracy.results(room, fresh, function)
         for result, exact in accuracy.exact(room, inputs).items():
@@ -44,6 +43,7 @@ def _compare(room: Room, name: str) -> Counter[str]:
 @pytest.mark.parametrize("name", [name for name in CORES if name not in BUILT])
 def test_a_peer_agrees_with_the_law_or_says_why_not(name: str) -> None:
     taken = sum((_compare(room, name) for room in rooms().values() if room.name in PEERS), Counter())
+    assert taken["silent"] == 0
     assert taken["unsuited"] > 0 or name == "sdpa"
     if name != "varlen" or torch.cuda.is_available():
         assert taken["taken"] > 0
