@@ -19,29 +19,38 @@ struct Strided {  // element (r, k) of A stands at p[r * row + k * col]
 // What the product is added to: 0, C, or C with row r multiplied by alpha[r].
 enum class Start { zero, add, scale };
 
+// The longest sum in one register: one chain of 256 has twice the rounding error of 8 chains of 32.
+// Without fma every term rounds twice.
+constexpr int64_t kChain = W == 4 ? 16 : 32;
+
 template <int M, int N>
 static void register_block(Strided a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t depth,
                            Start start, const float* alpha) {
-  Vec acc[M][N] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec row[N];
+  for (;;) {
+    Vec acc[M][N] = {};
+    for (int64_t end = depth < kChain ? depth : kChain; end > 0; --end, --depth) {
+      Vec row[N];
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) row[n] = load(b + n * W);
+      for (int n = 0; n < N; ++n) row[n] = load(b + n * W);
+#pragma GCC unroll 6
+      for (int r = 0; r < M; ++r) {
+        const Vec x = splat(a.p[r * a.row]);
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) acc[r][n] = fma(x, row[n], acc[r][n]);
+      }
+      a.p += a.col;
+      b += ldb;
+    }
 #pragma GCC unroll 6
     for (int r = 0; r < M; ++r) {
-      const Vec x = splat(a.p[r * a.row]);
+      const Vec factor = start == Start::scale ? splat(alpha[r]) : splat(1.f);
+      float* to = c + r * ldc;
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) acc[r][n] = fma(x, row[n], acc[r][n]);
+      for (int n = 0; n < N; ++n)
+        store(to + n * W, start == Start::zero ? acc[r][n] : fma(load(to + n * W), factor, acc[r][n]));
     }
-    a.p += a.col;
-    b += ldb;
-  }
-#pragma GCC unroll 6
-  for (int r = 0; r < M; ++r, c += ldc) {
-    const Vec factor = start == Start::scale ? splat(alpha[r]) : splat(1.f);
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n)
-      store(c + n * W, start == Start::zero ? acc[r][n] : fma(load(c + n * W), factor, acc[r][n]));
+    if (depth <= 0) return;
+    start = Start::add;
   }
 }
 
@@ -61,23 +70,17 @@ MMK_INLINE RegisterBlock block_of(int rows, int vecs) {
   return vecs == 2 ? block_of<2>(rows) : block_of<1>(rows);
 }
 
-constexpr int64_t kChain = 32;
-
 // C [rows, vecs * W] from A [rows, depth] and B [depth, vecs * W]. A last block of a single vector would
 // leave most of the machine idle, so what remains after whole blocks is split in equal parts: 5 vectors are 3
-// + 2. Long sums go in runs of kChain terms: one chain of 256 has twice the rounding error.
+// + 2.
 MMK_INLINE void gemm(int rows, int vecs, Strided a, const float* b, int64_t ldb, float* c, int64_t ldc,
                      int64_t depth, Start start, const float* alpha = nullptr) {
-  for (int r = 0; r < rows; r += kRows) {
-    const int m = rows - r < kRows ? rows - r : kRows;
-    for (int n = 0, step; n < vecs; n += step) {
-      const int left = vecs - n;
-      step = left > 2 * kVecs || left <= kVecs ? (left < kVecs ? left : kVecs) : (left + 1) / 2;
-      const RegisterBlock block = block_of(m, step);
-      for (int64_t k = 0; k == 0 || k < depth; k += kChain)
-        block({a.p + r * a.row + k * a.col, a.row, a.col}, b + k * ldb + n * W, ldb, c + r * ldc + n * W, ldc,
-              depth - k < kChain ? depth - k : kChain, k == 0 ? start : Start::add, alpha + r);
-    }
+  for (int n = 0, step; n < vecs; n += step) {
+    const int left = vecs - n;
+    step = left > 2 * kVecs || left <= kVecs ? (left < kVecs ? left : kVecs) : (left + 1) / 2;
+    for (int r = 0; r < rows; r += kRows)
+      block_of(rows - r < kRows ? rows - r : kRows, step)({a.p + r * a.row, a.row, a.col}, b + n * W, ldb,
+                                                          c + r * ldc + n * W, ldc, depth, start, alpha + r);
   }
 }
 

@@ -8,17 +8,16 @@
 namespace mmkernels {
 namespace MMKERNELS_ISA {
 
-// dst[i] = factor * src[i] for i < n, then 0 up to `padded`, a multiple of W. Returns true when every product
-// is finite.
+// dst[i] = factor * src[i] for i < n, then 0 up to `padded`, a multiple of W. Returns `zero` as long as every
+// product is finite, and NaN in some lane from then on.
 template <class T>
-static bool widen_row(const void* src, int64_t n, float factor, float* dst, int64_t padded) {
+MMK_INLINE Vec widen_row(const void* src, int64_t n, float factor, float* dst, int64_t padded, Vec zero) {
   const typename T::type* p = static_cast<const typename T::type*>(src);
   const Vec f = splat(factor);
-  Vec zero{};
   int64_t i = 0;
   for (; i + W <= n; i += W) {
     const Vec x = T::get(p + i) * f;
-    zero = fma(x, Vec{}, zero);  // NaN from then on, once x is not finite
+    zero = fma(x, Vec{}, zero);
     store(dst + i, x);
   }
   if (i < n) {
@@ -28,12 +27,13 @@ static bool widen_row(const void* src, int64_t n, float factor, float* dst, int6
     i += W;
   }
   for (; i < padded; i += W) store(dst + i, Vec{});
-  return reduce_sum(zero) == 0.f;
+  return zero;
 }
-MMK_INLINE bool widen(Dtype d, const void* src, int64_t n, float factor, float* dst, int64_t padded) {
-  return d == Dtype::f32    ? widen_row<f32>(src, n, factor, dst, padded)
-         : d == Dtype::bf16 ? widen_row<bf16>(src, n, factor, dst, padded)
-                            : widen_row<f16>(src, n, factor, dst, padded);
+static Vec widen(Dtype d, const void* src, int64_t n, float factor, float* dst, int64_t padded,
+                 Vec zero = Vec{}) {
+  return d == Dtype::f32    ? widen_row<f32>(src, n, factor, dst, padded, zero)
+         : d == Dtype::bf16 ? widen_row<bf16>(src, n, factor, dst, padded, zero)
+                            : widen_row<f16>(src, n, factor, dst, padded, zero);
 }
 
 // dst[i] = factor * src[i] for i < n.
@@ -55,6 +55,12 @@ MMK_INLINE void narrow(Dtype d, const float* src, int64_t n, float factor, void*
 
 static inline void fill_zero(float* p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = 0.f;
+}
+
+// Asks for a row that is needed some thousand instructions from now: rows of a [T, H, D] tensor lie too far
+// apart for the hardware to guess.
+MMK_INLINE void prefetch(const void* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i, 0, 2);
 }
 
 // rows [n, width] -> columns [width, n]; n a multiple of W, width of 4.

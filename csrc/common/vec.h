@@ -133,6 +133,23 @@ MMK_INLINE Vec exp(Vec x) {
   return ldexp(p, n, power);
 }
 
+// Natural logarithm of a normal positive number, to 1e-11. With x = 2^e m and m near 1: the series in (m - 1)
+// / (m + 1).
+MMK_INLINE double log(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  if (bits - 0x00800000u >= 0x7f000000u) return __builtin_log(x);  // 0, denormal, negative, inf, NaN
+  const uint32_t shifted = bits - 0x3f350000u;                     // m from 0.707 on
+  const int32_t e = static_cast<int32_t>(shifted) >> 23;
+  bits -= static_cast<uint32_t>(e) << 23;
+  float m;
+  __builtin_memcpy(&m, &bits, 4);
+  const double s = (m - 1.0) / (m + 1.0), z = s * s;
+  const double series =
+      1 + z * (1 / 3. + z * (1 / 5. + z * (1 / 7. + z * (1 / 9. + z * (1 / 11. + z / 13)))));
+  return e * 0.6931471805599453 + 2 * s * series;
+}
+
 // ---- element types of tensors: storage is read and written in them, arithmetic is float
 MMK_INLINE Vec from_bf16(Half h) { return (Vec)(__builtin_convertvector(h, IVec) << 16); }
 MMK_INLINE Half to_bf16(Vec v) {  // to nearest even; a NaN stays one whatever its payload

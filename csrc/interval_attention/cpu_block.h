@@ -30,10 +30,13 @@ struct Block {
   int32_t lo[kBlockRows], hi[kBlockRows];
   int32_t t[kBlockRows], h[kBlockRows];
   bool uniform[kBlockRows];
+  bool loaded[kBlockRows];  // rows are loaded when their first tile comes and stored after their last one, so
+                            // that memory works while registers do
   uint64_t seen[kBlockRows];  // of the tile at hand: bit j is set when the row sees key j of the tile
   int32_t least, most;        // the hull of the intervals that are not empty
 
-  bool learns(int64_t r) const { return hi[r] > lo[r] && !uniform[r]; }
+  bool empty(int64_t r) const { return hi[r] == lo[r]; }
+  bool learns(int64_t r) const { return !empty(r) && !uniform[r]; }
 };
 
 static void open_block(const IntervalAttention& p, int64_t b, int64_t g, int64_t index, Block& block) {
@@ -53,7 +56,8 @@ static void open_block(const IntervalAttention& p, int64_t b, int64_t g, int64_t
     block.t[r] = static_cast<int32_t>(t);
     block.h[r] = static_cast<int32_t>(g * n + (block.first + r) % n);
     block.uniform[r] = p.uniform.p && static_cast<const bool*>(p.uniform.p)[at(p.uniform, b, 0, t)];
-    if (block.lo[r] == block.hi[r]) continue;
+    block.loaded[r] = false;
+    if (block.empty(r)) continue;
     if (block.lo[r] < block.least) block.least = block.lo[r];
     if (block.hi[r] > block.most) block.most = block.hi[r];
   }
@@ -96,31 +100,52 @@ MMK_INLINE bool next_group(const Block& block, int64_t after, bool finite, Group
 static bool load_tile(const IntervalAttention& p, const Tokens& x, const Block& block, int64_t key,
                       uint64_t cover, float* rows) {
   const int64_t width = padded_width(p);
-  bool finite = true;
+  Vec zero{};
   for (int64_t j = 0; j < kTileKeys; ++j, rows += width) {
     if (cover >> j & 1)
-      finite &= widen(p.dtype, row_of(x, p.dtype, block.b, key + j, block.g), p.D, 1.f, rows, width);
+      zero = widen(p.dtype, row_of(x, p.dtype, block.b, key + j, block.g), p.D, 1.f, rows, width, zero);
     else
       fill_zero(rows, width);
   }
-  return finite;
+  return reduce_sum(zero) == 0.f;
 }
 
-// What a row needs to know to turn products q k, already scaled, into scores.
+// While group g is computed: asks for the rows after it, and for the next tile, a few rows at a time.
+MMK_INLINE void ask_ahead(const IntervalAttention& p, const Tokens& x, const Block& block, const Group& g) {
+  const int64_t end = g.first + g.rows;
+  for (int64_t r = end; r < end + kRows && r < block.rows; ++r)
+    if (!block.loaded[r])
+      prefetch(row_of(x, p.dtype, block.b, block.t[r], block.h[r]), p.D * bytes_of(p.dtype));
+}
+MMK_INLINE void ask_for_tile(const IntervalAttention& p, const Block& block, int64_t key, int64_t& asked) {
+  for (const int64_t end = asked + kRows + 1; asked < end && asked < kTileKeys && key + asked < p.J;
+       ++asked) {
+    prefetch(row_of(p.k, p.dtype, block.b, key + asked, block.g), p.D * bytes_of(p.dtype));
+    prefetch(row_of(p.v, p.dtype, block.b, key + asked, block.g), p.D * bytes_of(p.dtype));
+  }
+}
+
+// How the products q k of a row with the tile's keys, already scaled, become scores. `plain`: they are the
+// scores.
 struct ScoreRule {
-  bool uniform;
+  bool plain, uniform;
   float slope;   // 0 without ALiBi
   float origin;  // hi - 1 - the tile's first key: ALiBi's distance is j - origin
+  uint64_t seen;
 };
 MMK_INLINE ScoreRule score_rule(const IntervalAttention& p, const Block& block, int64_t r, int64_t key) {
+  const bool plain = block.seen[r] == ~uint64_t{0} && !block.uniform[r] && !p.slopes && !p.threshold;
   const float slope = p.slopes ? p.slopes[block.h[r]] : 0.f;
-  return {block.uniform[r], slope, static_cast<float>(block.hi[r] - 1 - key)};
+  return {plain, block.uniform[r], slope, static_cast<float>(block.hi[r] - 1 - key), block.seen[r]};
 }
 MMK_INLINE Vec lane_index(int vec) { return __builtin_convertvector(SVec(lanes()) + vec * W, Vec); }
-MMK_INLINE Vec score(const ScoreRule& rule, Vec product, int vec) {
-  if (rule.uniform) return Vec{};
-  if (rule.slope == 0.f) return product;
-  return fma(lane_index(vec) - splat(rule.origin), splat(rule.slope), product);
+// The scores of vector `vec`; `unseen` where the row does not see.
+MMK_INLINE Vec score(const ScoreRule& rule, Vec product, int vec, float unseen) {
+  if (rule.uniform)
+    product = Vec{};
+  else if (rule.slope != 0.f)
+    product = fma(lane_index(vec) - splat(rule.origin), splat(rule.slope), product);
+  return select(rule.seen >> (vec * W), product, splat(unseen));
 }
 
 // The hash state of a row; `kept` has all bits set in the lanes of the keys that stay.

@@ -11,42 +11,99 @@
 namespace mmkernels {
 namespace MMKERNELS_ISA {
 
+constexpr int kPaddedRows = (kRows + W - 1) / W * W;
+
 struct Forward {
-  float *q, *o;              // [rows, width]: queries times scale; outputs not yet divided
+  float *q, *o, *sum;  // [rows, width]: queries times scale, outputs not yet divided; [rows, W]: sums by lane
   float *rows, *kt, *v, *s;  // tile: [64, width], [width, 64], [64, width]; scores [6, 64]
-  float max[kBlockRows], sum[kBlockRows];
+  float max[kBlockRows];
 };
 
 int64_t forward_floats(const IntervalAttention& p) {
-  return (2 * kBlockRows + 3 * kTileKeys) * padded_width(p) + kRows * kTileKeys;
+  return (2 * kBlockRows + 3 * kTileKeys) * padded_width(p) + kRows * kTileKeys + kBlockRows * W;
 }
 
-// Scores become probabilities relative to the row's new maximum, 0 where the row does not see; returns what
-// the sums and outputs so far must be multiplied with.
-static float soft_row(const IntervalAttention& p, const Block& block, Forward& f, int64_t r, int64_t key,
-                      int from, int to, float* s) {
-  const uint64_t seen = block.seen[r];
-  const ScoreRule rule = score_rule(p, block, r, key);
-  Vec top = splat(f.max[r]);
-  for (int n = from; n < to; ++n) {
-    Vec x = score(rule, load(s + n * W), n);
-    if (seen != ~uint64_t{0}) x = select(seen >> (n * W), x, splat(-__builtin_inff()));
-    top = max(top, x);
-    store(s + n * W, x);
+static void load_row(const IntervalAttention& p, Block& block, Forward& f, int64_t r) {
+  const int64_t width = padded_width(p);
+  widen(p.dtype, row_of(p.q, p.dtype, block.b, block.t[r], block.h[r]), p.D, p.scale, f.q + r * width, width);
+  fill_zero(f.o + r * width, width);
+  store(f.sum + r * W, Vec{});
+  f.max[r] = -__builtin_inff();
+  block.loaded[r] = true;
+}
+
+// Writes the row's output and lse; an empty row has none of its own and gives 0 and -inf.
+static void store_row(const IntervalAttention& p, const Block& block, const Forward& f, int64_t r) {
+  const bool empty = block.empty(r);
+  const float sum = reduce_sum(load(f.sum + r * W));
+  const float share = empty ? 0.f : 1.f / (sum * (1.f - p.dropout_p));
+  narrow(p.dtype, f.o + r * padded_width(p), p.D, share,
+         row_of(p.out, p.dtype, block.b, block.t[r], block.h[r]));
+  p.lse[(block.b * p.H + block.h[r]) * p.T + block.t[r]] =
+      empty ? -__builtin_inff() : static_cast<float>(f.max[r] + log(sum));
+}
+
+// Masks the row's scores, vectors `from` to `to` of the tile, and returns the greatest of them and `before`.
+MMK_INLINE float mask_row(const ScoreRule& rule, float before, int from, int to, float* s) {
+  Vec top = splat(before);
+  if (rule.plain) {
+#pragma GCC unroll 16
+    for (int n = 0; n < kTileKeys / W; ++n) top = max(top, load(s + n * W));
+  } else {
+    for (int n = from; n < to; ++n) {
+      const Vec x = score(rule, load(s + n * W), n, -__builtin_inff());
+      top = max(top, x);
+      store(s + n * W, x);
+    }
   }
-  const float before = f.max[r], now = reduce_max(top);
+  return reduce_max(top);
+}
+
+// Scores become probabilities relative to `top`, dropped keys 0; returns their sum by lane, dropped keys
+// included.
+MMK_INLINE Vec weigh_row(const IntervalAttention& p, const Block& block, const ScoreRule& rule, int64_t r,
+                         int64_t key, float top, int from, int to, float* s) {
   Vec sum{};
+  if (rule.plain) {
+#pragma GCC unroll 16
+    for (int n = 0; n < kTileKeys / W; ++n) {
+      const Vec x = exp(load(s + n * W) - splat(top));
+      sum = sum + x;
+      store(s + n * W, x);
+    }
+    return sum;
+  }
   const uint32_t state = p.threshold ? dropout_state(p, block, r) : 0;
   for (int n = from; n < to; ++n) {
-    Vec x = seen ? exp(load(s + n * W) - splat(now)) : Vec{};
+    Vec x = rule.seen ? exp(load(s + n * W) - splat(top)) : Vec{};
     sum = sum + x;
     if (p.threshold) x = (Vec)((IVec)x & kept(p, state, key, n));
     store(s + n * W, x);
   }
-  const float alpha = now == before ? 1.f : exp(splat(before - now))[0];
-  f.max[r] = now;
-  f.sum[r] = f.sum[r] * alpha + reduce_sum(sum);
-  return alpha;
+  return sum;
+}
+
+// The group's scores become probabilities; alpha[i] is what row i's sum and output so far are to be
+// multiplied with.
+static void soften(const IntervalAttention& p, const Block& block, Forward& f, const Group& g, int64_t key,
+                   int from, int to, float* alpha) {
+  ScoreRule rules[kRows];
+  float top[kPaddedRows] = {};
+  for (int i = 0; i < g.rows; ++i) {
+    rules[i] = score_rule(p, block, g.first + i, key);
+    top[i] = mask_row(rules[i], f.max[g.first + i], from, to, f.s + i * kTileKeys);
+    alpha[i] = f.max[g.first + i];
+  }
+  for (int i = 0; i < kPaddedRows; i += W) {  // a row that has seen nothing yet has no maximum to leave
+    const Vec before = load(alpha + i), now = load(top + i);
+    store(alpha + i, before == now ? splat(1.f) : exp(before - now));
+  }
+  for (int i = 0; i < g.rows; ++i) {
+    const int64_t r = g.first + i;
+    const Vec sum = weigh_row(p, block, rules[i], r, key, top[i], from, to, f.s + i * kTileKeys);
+    store(f.sum + r * W, fma(load(f.sum + r * W), splat(alpha[i]), sum));
+    f.max[r] = top[i];
+  }
 }
 
 static void attend_tile(const IntervalAttention& p, Block& block, Forward& f, int64_t key) {
@@ -57,15 +114,21 @@ static void attend_tile(const IntervalAttention& p, Block& block, Forward& f, in
   transpose(f.rows, kTileKeys, width, width, f.kt);
   const bool finite = load_tile(p, p.v, block, key, cover, f.v);
   Group g;
+  int64_t asked = 0;
   for (int64_t after = 0; next_group(block, after, finite, g); after = g.first + g.rows) {
+    ask_ahead(p, p.q, block, g);
+    ask_for_tile(p, block, key + kTileKeys, asked);
+    for (int64_t r = g.first; r < g.first + g.rows; ++r)
+      if (!block.loaded[r]) load_row(p, block, f, r);
     const int from = g.from / W, to = (g.to + W - 1) / W;
     gemm(g.rows, to - from, {f.q + g.first * width, width, 1}, f.kt + from * W, kTileKeys, f.s + from * W,
          kTileKeys, p.D, Start::zero);
-    float alpha[kRows];
-    for (int64_t i = 0; i < g.rows; ++i)
-      alpha[i] = soft_row(p, block, f, g.first + i, key, from, to, f.s + i * kTileKeys);
+    float alpha[kPaddedRows] = {};
+    soften(p, block, f, g, key, from, to, alpha);
     gemm(g.rows, width / W, {f.s + g.from, kTileKeys, 1}, f.v + g.from * width, width, f.o + g.first * width,
          width, g.to - g.from, Start::scale, alpha);
+    for (int64_t r = g.first; r < g.first + g.rows; ++r)
+      if (block.seen[r] && block.hi[r] <= key + kTileKeys) store_row(p, block, f, r);
   }
 }
 
@@ -81,21 +144,14 @@ void forward(const IntervalAttention& p, int64_t task, float* workspace) {
   f.kt = f.rows + kTileKeys * width;
   f.v = f.kt + kTileKeys * width;
   f.s = f.v + kTileKeys * width;
+  f.sum = f.s + kRows * kTileKeys;
   for (int64_t r = 0; r < block.rows; ++r) {
-    f.max[r] = -__builtin_inff();
-    f.sum[r] = 0.f;
+    if (!block.empty(r)) continue;
     fill_zero(f.o + r * width, width);
-    widen(p.dtype, row_of(p.q, p.dtype, batch, block.t[r], block.h[r]), p.D, p.scale, f.q + r * width, width);
+    store_row(p, block, f, r);
   }
   for (int64_t key = block.least / kTileKeys * kTileKeys; key < block.most; key += kTileKeys)
     attend_tile(p, block, f, key);
-  for (int64_t r = 0; r < block.rows; ++r) {
-    const bool empty = block.lo[r] == block.hi[r];
-    const float share = empty ? 0.f : 1.f / (f.sum[r] * (1.f - p.dropout_p));
-    narrow(p.dtype, f.o + r * width, p.D, share, row_of(p.out, p.dtype, batch, block.t[r], block.h[r]));
-    p.lse[(batch * p.H + block.h[r]) * p.T + block.t[r]] =
-        empty ? -__builtin_inff() : static_cast<float>(f.max[r] + __builtin_log(f.sum[r]));
-  }
 }
 
 }  // namespace MMKERNELS_ISA

@@ -34,57 +34,64 @@ int64_t sums_floats(const IntervalAttention& p) {
   return tiles_of(p) * (2 * kTileKeys * padded_width(p) + 1);
 }
 
-static void open_backward(const IntervalAttentionBackward& p, const Block& block, Backward& w) {
-  const int64_t width = padded_width(p);
-  for (int64_t r = 0; r < block.rows; ++r) {
-    const int64_t b = block.b, t = block.t[r], h = block.h[r];
-    float *q = w.q + r * width, *dout = w.dout + r * width, *out = w.rows;
-    fill_zero(w.dq + r * width, width);
-    if (block.learns(r))
-      widen(p.dtype, row_of(p.q, p.dtype, b, t, h), p.D, p.scale, q, width);
-    else
-      fill_zero(q, width);
-    if (block.lo[r] == block.hi[r]) {
-      fill_zero(dout, width);
-      continue;
-    }
-    widen(p.dtype, row_of(p.dout, p.dtype, b, t, h), p.D, 1.f, dout, width);
-    widen(p.dtype, row_of(p.out, p.dtype, b, t, h), p.D, 1.f, out, width);
-    Vec delta{};
-    for (int64_t i = 0; i < width; i += W) delta = fma(load(dout + i), load(out + i), delta);
-    const float* dlse = static_cast<const float*>(p.dlse.p);
-    w.delta[r] = reduce_sum(delta);
-    w.dlse[r] = dlse ? dlse[at(p.dlse, b, h, t)] : 0.f;
-    w.lse[r] = p.lse[(b * p.H + h) * p.T + t];
+static void load_row(const IntervalAttentionBackward& p, Block& block, Backward& w, int64_t r) {
+  const int64_t width = padded_width(p), b = block.b, t = block.t[r], h = block.h[r];
+  float *q = w.q + r * width, *dout = w.dout + r * width, *out = w.rows;
+  block.loaded[r] = true;
+  fill_zero(w.dq + r * width, width);
+  if (block.learns(r))
+    widen(p.dtype, row_of(p.q, p.dtype, b, t, h), p.D, p.scale, q, width);
+  else
+    fill_zero(q, width);
+  if (block.empty(r)) {
+    fill_zero(dout, width);
+    return;
   }
+  widen(p.dtype, row_of(p.dout, p.dtype, b, t, h), p.D, 1.f, dout, width);
+  widen(p.dtype, row_of(p.out, p.dtype, b, t, h), p.D, 1.f, out, width);
+  Vec delta{};
+  for (int64_t i = 0; i < width; i += W) delta = fma(load(dout + i), load(out + i), delta);
+  const float* dlse = static_cast<const float*>(p.dlse.p);
+  w.delta[r] = reduce_sum(delta);
+  w.dlse[r] = dlse ? dlse[at(p.dlse, b, h, t)] : 0.f;
+  w.lse[r] = p.lse[(b * p.H + h) * p.T + t];
+}
+
+static void store_row(const IntervalAttentionBackward& p, const Block& block, const Backward& w, int64_t r) {
+  const int64_t width = padded_width(p);
+  if (!block.learns(r)) fill_zero(w.dq + r * width, width);
+  narrow(p.dtype, w.dq + r * width, p.D, p.scale, row_of(p.dq, p.dtype, block.b, block.t[r], block.h[r]));
 }
 
 // From products s and dp (in the strip's buffers) to p with dropout and ds, both 0 where the row does not
 // see.
 static void weigh_row(const IntervalAttention& p, const Block& block, const Backward& w, int64_t r,
                       int64_t key, int from, int to, float* s, float* dp) {
-  const uint64_t seen = block.seen[r];
   const ScoreRule rule = score_rule(p, block, r, key);
+  const Vec lse = splat(w.lse[r]), delta = splat(w.delta[r] - w.dlse[r]);
+  if (rule.plain) {
+#pragma GCC unroll 16
+    for (int n = 0; n < kTileKeys / W; ++n) {
+      const Vec x = exp(load(s + n * W) - lse);
+      store(s + n * W, x);
+      store(dp + n * W, x * (load(dp + n * W) - delta));
+    }
+    return;
+  }
   const uint32_t state = p.threshold ? dropout_state(p, block, r) : 0;
-  const Vec lse = splat(w.lse[r]), delta = splat(w.delta[r]), scale = splat(1.f / (1.f - p.dropout_p));
-  const Vec dlse = splat(w.dlse[r]);
+  const Vec scale = splat(1.f / (1.f - p.dropout_p));
   const bool alone = block.hi[r] - block.lo[r] == 1;  // one key: dp is delta, which rounding must not deny
   for (int n = 0; n < kTileKeys / W; ++n) {
-    Vec probability{}, ds{};
-    if (n >= from && n < to && seen) {
-      const uint64_t bits = seen >> (n * W);
-      probability = select(bits, exp(score(rule, load(s + n * W), n) - lse), Vec{});
-      Vec slope = load(dp + n * W), dropped = probability;
-      if (p.threshold) {
-        const IVec keep = kept(p, state, key, n);
-        slope = (Vec)((IVec)slope & keep) * scale;
-        dropped = (Vec)((IVec)probability & keep) * scale;
-      }
-      slope = (alone ? Vec{} : slope - delta) + dlse;
-      if (!rule.uniform) ds = select(bits, probability * slope, Vec{});
-      probability = dropped;
+    Vec weight{}, ds{};
+    if (n >= from && n < to && rule.seen) {
+      weight = exp(score(rule, load(s + n * W), n, -__builtin_inff()) - lse);
+      const IVec keep = p.threshold ? kept(p, state, key, n) : ~IVec{};
+      const Vec slope = (Vec)((IVec)load(dp + n * W) & keep) * scale;
+      if (!rule.uniform)
+        ds = select(rule.seen >> (n * W), weight * (alone ? splat(w.dlse[r]) : slope - delta), Vec{});
+      weight = (Vec)((IVec)weight & keep) * scale;
     }
-    store(s + n * W, probability);
+    store(s + n * W, weight);
     store(dp + n * W, ds);
   }
 }
@@ -110,7 +117,7 @@ static void close_tile(const IntervalAttention& p, const Backward& w, int64_t ti
   *touched = 1.f;
 }
 
-static void differentiate_tile(const IntervalAttention& p, Block& block, Backward& w, int64_t tile,
+static void differentiate_tile(const IntervalAttentionBackward& p, Block& block, Backward& w, int64_t tile,
                                float* sums) {
   const int64_t width = padded_width(p), key = tile * kTileKeys;
   const uint64_t cover = look_at_tile(block, key);
@@ -122,7 +129,14 @@ static void differentiate_tile(const IntervalAttention& p, Block& block, Backwar
   fill_zero(w.dk, 2 * kTileKeys * width);
   Group g;
   int64_t first = 0, rows = 0;  // of the strip
+  int64_t asked = 0;
   for (int64_t after = 0; next_group(block, after, finite, g); after = g.first + g.rows) {
+    ask_ahead(p, p.q, block, g);
+    ask_ahead(p, p.dout, block, g);
+    ask_ahead(p, p.out, block, g);
+    ask_for_tile(p, block, key + kTileKeys, asked);
+    for (int64_t r = g.first; r < g.first + g.rows; ++r)
+      if (!block.loaded[r]) load_row(p, block, w, r);
     if (g.first != first + rows || rows + g.rows > kStripRows) {
       close_strip(w, width, first, rows);
       first = g.first;
@@ -138,6 +152,8 @@ static void differentiate_tile(const IntervalAttention& p, Block& block, Backwar
       weigh_row(p, block, w, g.first + i, key, from, to, s + i * kTileKeys, dp + i * kTileKeys);
     gemm(g.rows, width / W, {dp + g.from, kTileKeys, 1}, w.k + g.from * width, width, w.dq + g.first * width,
          width, g.to - g.from, Start::add);
+    for (int64_t r = g.first; r < g.first + g.rows; ++r)
+      if (block.seen[r] && block.hi[r] <= key + kTileKeys) store_row(p, block, w, r);
     rows += g.rows;
   }
   close_strip(w, width, first, rows);
@@ -182,13 +198,10 @@ void backward(const IntervalAttentionBackward& p, int64_t task, float* workspace
   for (int64_t index = blocks * share / shares; index < blocks * (share + 1) / shares; ++index) {
     Block block;
     open_block(p, b, g, index, block);
-    open_backward(p, block, w);
+    for (int64_t r = 0; r < block.rows; ++r)
+      if (block.empty(r)) store_row(p, block, w, r);
     for (int64_t tile = block.least / kTileKeys; tile * kTileKeys < block.most; ++tile)
       differentiate_tile(p, block, w, tile, sums);
-    for (int64_t r = 0; r < block.rows; ++r) {
-      if (!block.learns(r)) fill_zero(w.dq + r * width, width);
-      narrow(p.dtype, w.dq + r * width, p.D, p.scale, row_of(p.dq, p.dtype, b, block.t[r], block.h[r]));
-    }
   }
 }
 
