@@ -123,7 +123,12 @@ MMK_INLINE float reduce_sum(Vec v) {
 // 2^f on |f| <= 1/2.
 MMK_INLINE Vec exp(Vec x) {
   const Vec log2e = splat(1.44269504088896340736f), power = x * log2e;
-  const Vec n = nearest(power), f = fma(x, log2e, -n);
+  const Vec n = nearest(power);
+#if defined(__AVX2__)
+  const Vec f = fma(x, log2e, -n);
+#else  // without fma: n ln(2) in two parts, of which the first is exact
+  const Vec f = (x - n * splat(0.693359375f) + n * splat(2.12194440e-4f)) * log2e;
+#endif
   Vec p = fma(splat(0.0001534581242594868f), f, splat(0.0013399930903688073f));
   p = fma(p, f, splat(0.009618489071726799f));
   p = fma(p, f, splat(0.05550328642129898f));
