@@ -62,7 +62,7 @@ class VisionTower(nn.Module):
         """images `[N, 3, S, S]`, normalised -> patch tokens `[N, P, C]`, row by row. **Raises** ValueError for other sizes."""
         s = self.config.image_size
         _check.shapes(images=(images, f"N 3 {s} {s}"))
-        x = self.patch(_patchify(images, self.config.patch_size))
+        x = self.patch(_patchify(images.to(self.patch.weight.dtype), self.config.patch_size))
         x = torch.cat([self.class_token.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1) + self.positions
         x = self.pre_norm(x)
         lo = torch.zeros(x.shape[:2], dtype=torch.int32, device=x.device)

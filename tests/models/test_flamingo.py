@@ -363,3 +363,33 @@ def test_bad_input_is_refused_by_name(model):
         with pytest.raises(error, match=match):
             call()
     model.config.stages[-1].freeze(model)
+
+
+def test_the_whole_model_compiles_into_one_graph(model):
+    ids, images = _text("IabCE", "aIbC."), _images(2, 1)
+    labels = models.flamingo_labels(ids, model.tokens)
+    whole = torch.compile(model, backend="aot_eager", fullgraph=True)(images, ids, ids != PAD, labels)
+    assert torch.equal(whole.logits, model(images, ids, ids != PAD, labels).logits)
+    whole.loss.backward()
+    assert model.cross[0].q.weight.grad.any()
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "float16", "autocast", "narrow_towers"])
+def test_lower_precisions_train_and_generate(model, how):
+    """All parameters narrow; all wide under autocast; or, as one trains large models, frozen parts narrow, joints wide."""
+    low, ids, images = copy.deepcopy(model).train(), _text("IabCIcC", "aIbCE.."), _images(2, 2)
+    dtype = torch.float16 if how == "float16" else torch.bfloat16
+    if how in ("bfloat16", "float16"):
+        low.to(dtype)
+    if how == "narrow_towers":
+        low.lm.to(dtype), low.vision.to(dtype)
+    labels = models.flamingo_labels(ids, model.tokens)
+    with torch.autocast("cpu", dtype, enabled=how in ("autocast", "narrow_towers")):
+        loss = low(images, ids, ids != PAD, labels).loss
+        assert low.generate(images, ids[:, :4], max_new_tokens=2, stop=()).shape == (2, 2)
+    loss.backward()
+    exact = model(images, ids, ids != PAD, labels).loss.detach()
+    assert loss.dtype == torch.float32 and abs(float(loss.detach() - exact)) < 0.02 * float(exact)
+    trained = [p for p in low.parameters() if p.requires_grad and p is not low.resampler.frame_embeddings]
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in trained)
