@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable
 
 from mmkernels.data import digits, stamps
@@ -20,8 +21,12 @@ def names() -> list[str]:
     return sorted(_BUILDERS)
 
 
+@functools.cache
 def build(name: str) -> Dataset:
-    """A dataset by name. **Raises** ValueError for an unknown name; ImportError, FileNotFoundError when not installed."""
+    """A dataset by name, read once a process.
+
+    **Raises** ValueError for an unknown name; ImportError, FileNotFoundError when its pictures are not installed.
+    """
     if name not in _BUILDERS:
         near = difflib.get_close_matches(name, _BUILDERS, 1, 0) or names()
         raise ValueError(

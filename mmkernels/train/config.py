@@ -74,8 +74,8 @@ def _tiny() -> str:
     return ", ".join(name for name in models.list() if name.endswith("-tiny"))
 
 
-def claim(run: Run, out: Path, resume: str) -> None:
-    """Makes `out` this run's folder. **Raises** ValueError when it is another run's, is in use, or holds other things."""
+def check_folder(run: Run, out: Path, resume: str) -> None:
+    """**Raises** ValueError when `out` is another run's folder, or holds other things, or this run and may not be resumed."""
     if resume not in ("auto", "never"):
         raise ValueError(f"resume: got {resume!r}, expected 'auto' or 'never'")
     if out.exists() and not out.is_dir():
@@ -86,9 +86,12 @@ def claim(run: Run, out: Path, resume: str) -> None:
             raise ValueError(f"{out}: belongs to another run ({'; '.join(differ)}); choose another folder")
         if resume == "never":
             raise ValueError(f"{out}: already holds this run; choose another folder, or resume it")
-        return
-    if out.is_dir() and any(out.iterdir()):
+    elif out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out}: holds files that are no run's; choose an empty or a new folder")
+
+
+def claim(run: Run, out: Path) -> None:
+    """Makes `out` this run's folder."""
     out.mkdir(parents=True, exist_ok=True)
     store.write(out / RUN, store.to_json(describe(run)))
 

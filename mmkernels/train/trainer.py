@@ -53,7 +53,7 @@ class Result:
 
 
 class Trainer:
-    """A run in its folder, at the step where it stands: fresh, or where its latest checkpoint left it."""
+    """A run at the step where it stands: at first fresh, after `resume()` where its folder's latest checkpoint left it."""
 
     def __init__(self, run: Run, out: Path, *, device: str = "cpu", save_every: int = 50) -> None:
         self.run, self.out, self.device, self.save_every = run, out, device, save_every
@@ -68,7 +68,6 @@ class Trainer:
         self.objectives = Objectives(model, self.sequences, run.batch, device)
         self.step = 0
         self._enter(0)
-        self.resumed = self._resume()
 
     def stage_at(self, step: int) -> int:
         """The number of the stage that step `step` (from 0) belongs to; the last one after the end."""
@@ -144,12 +143,17 @@ class Trainer:
         }
         return checkpoint.write(self.out, self.step, state, model=self.model, tensors=tensors, texts=texts)
 
-    def _resume(self) -> bool:
+    def resume(self) -> None:
+        """Continues from the latest checkpoint, if there is one. **Raises** ValueError when it is damaged."""
         known = store.steps(self.out)
         if not known:
-            return False
+            return
         folder = store.checkpoint(self.out, known[-1])
-        state = checkpoint.verify(folder)
+        try:
+            state = checkpoint.verify(folder)
+        except ValueError as error:
+            way_out = f"remove {folder} to continue from step {known[-2] if len(known) > 1 else 0}"
+            raise ValueError(f"{error}; {way_out}") from None
         if (folder / checkpoint.TOKENIZER).read_text(encoding="utf-8") != self.tokenizer.text():
             raise ValueError(f"{folder}: was trained with other captions or another tokenizer")
         tensors = checkpoint.read_tensors(folder / checkpoint.OPTIMIZER)
@@ -161,7 +165,6 @@ class Trainer:
         torch.set_rng_state(tensors.pop("generator"))
         checkpoint.restore_optimizer(self.optimizer, self._names(), tensors)
         self._compare(state["environment"])
-        return True
 
     def _names(self) -> dict[Tensor, str]:
         both = {"": self.model, "head.": self.objectives.head}
@@ -192,10 +195,12 @@ def train(
     `observe` is called with every step's record, as `log.jsonl` keeps it.
     **Raises** ValueError for a folder that is another run's, or a damaged checkpoint; Diverged, naming the last good one.
     """
-    config.claim(run, out, resume)
+    config.check_folder(run, out, resume)
+    trainer = Trainer(run, out, device=device, save_every=save_every)
+    config.claim(run, out)
     with store.locked(out):
         store.tidy(out, checkpoint.KEEP)
-        trainer = Trainer(run, out, device=device, save_every=save_every)
+        trainer.resume()
         log = Log(out, trainer.step)
         try:
             _loop(trainer, log, observe)

@@ -1,0 +1,50 @@
+"""`mmkernels models`: what can be built."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mmkernels import models
+
+
+def add(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "models",
+        help="list the models and presets",
+        description="Lists every model that can be built by name, with its size and its training stages.",
+        epilog="example: mmkernels models --json",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    found = [_describe(name) for name in models.list()]
+    if options.json:
+        print(json.dumps({"models": found}))
+        return 0
+    table = Table("model", "parameters", "image", "layers", "width", "stages")
+    for row in found:
+        parameters = f"{row['parameters'] / 1e6:,.1f} M"
+        numbers = (str(row[key]) for key in ("image_size", "layers", "width"))
+        table.add_row(row["name"], parameters, *numbers, ", ".join(row["stages"]))
+    Console().print(table)
+    return 0
+
+
+def _describe(name: str) -> dict[str, Any]:
+    config, model = models.config(name), models.build(name, device="meta", dtype=torch.bfloat16)
+    return {
+        "name": name,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "image_size": config.vision.image_size,
+        "layers": config.lm.layers,
+        "width": config.lm.block.width,
+        "stages": [stage.name for stage in config.stages],
+    }

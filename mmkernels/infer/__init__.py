@@ -1,0 +1,3 @@
+"""Inference: trained models at work."""
+
+from mmkernels.infer.captioner import Captioner as Captioner
