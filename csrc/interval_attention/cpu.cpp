@@ -3,21 +3,9 @@
 #include <optional>
 #include <tuple>
 
-#include "../common/binding.h"
-#include "../common/isa.h"
-#include "params.h"
+#include "cpu_tasks.h"
 
 namespace mmkernels {
-
-MMKERNELS_DECLARE(void forward(const IntervalAttention& p, int64_t task, float* workspace))
-MMKERNELS_DECLARE(int64_t forward_floats(const IntervalAttention& p))
-MMKERNELS_DECLARE(void backward(const IntervalAttentionBackward& p, int64_t task, float* workspace,
-                                float* sums))
-MMKERNELS_DECLARE(void combine(const IntervalAttentionBackward& p, int64_t head, const float* sums,
-                               float* row))
-MMKERNELS_DECLARE(int64_t backward_floats(const IntervalAttention& p))
-MMKERNELS_DECLARE(int64_t sums_floats(const IntervalAttention& p))
-
 namespace {
 
 using Maybe = std::optional<Tensor>;
@@ -37,6 +25,12 @@ void check(const Tensor& x, const char* name, int64_t b, int64_t rows, int64_t h
 void check_rows(const Tensor& x, const char* name, ScalarType type, int64_t b, int64_t t) {
   STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == b && x.size(1) == t && x.scalar_type() == type, name,
                   ": expected [", b, ", ", t, "] of its dtype");
+}
+
+void check_heads(const Tensor& x, const char* name, const IntervalAttention& p) {
+  STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == p.B && x.size(1) == p.H && x.size(2) == p.T &&
+                      x.scalar_type() == ScalarType::Float,
+                  name, ": expected float32 [", p.B, ", ", p.H, ", ", p.T, "]");
 }
 
 uint32_t mix(uint32_t x) {  // as in cpu_block.h, which is not for this instruction set
@@ -62,8 +56,8 @@ Inputs describe(IntervalAttention& p, const Tensor& q, const Tensor& k, const Te
   check(v, "v", p.B, p.J, p.G, p.D);
   check_rows(lo, "lo", ScalarType::Int, p.B, p.T);
   check_rows(hi, "hi", ScalarType::Int, p.B, p.T);
-  p.dtype = dtype_of(q, "q");
-  STD_TORCH_CHECK(dtype_of(k, "k") == p.dtype && dtype_of(v, "v") == p.dtype, "k, v: expected q's dtype");
+  p.rows = p.keys = dtype_of(q, "q");
+  STD_TORCH_CHECK(dtype_of(k, "k") == p.rows && dtype_of(v, "v") == p.rows, "k, v: expected q's dtype");
   Inputs in{unit_rows(q), unit_rows(k), unit_rows(v), slopes ? *slopes : q};
   p.q = tokens(in.q), p.k = tokens(in.k), p.v = tokens(in.v);
   p.lo = per_row(lo), p.hi = per_row(hi);
@@ -88,9 +82,6 @@ Inputs describe(IntervalAttention& p, const Tensor& q, const Tensor& k, const Te
   return in;
 }
 
-// Products of one pass over every key: an upper bound, for the number of threads only.
-double flops(const IntervalAttention& p) { return 4.0 * rows_of(p) * p.J * p.D; }
-
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lo,
                                    const Tensor& hi, const Maybe& uniform, const Maybe& slopes,
                                    const Maybe& seed, double scale, double dropout_p) {
@@ -100,14 +91,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   Tensor out = torch::stable::new_empty(q, size),
          lse = torch::stable::new_empty(q, lse_size, ScalarType::Float);
   p.out = tokens(out);
-  p.lse = static_cast<float*>(lse.data_ptr());
-  const int64_t tasks = p.B * p.G * blocks_of(p), crew = workers(tasks, flops(p) / blocks_of(p));
-  const int64_t each = MMKERNELS_CALL(forward_floats, p);
-  const Tensor space = floats(q, crew * each);
-  float* workspace = static_cast<float*>(space.data_ptr());
-  run_tasks(tasks, crew, [&](int64_t task, int64_t worker) {
-    MMKERNELS_CALL(forward, p, task, workspace + worker * each);
-  });
+  p.lse = per_row(lse);
+  const Tensor space = floats(q, forward_workspace(p));
+  attend(p, static_cast<float*>(space.data_ptr()));
   return {out, lse};
 }
 
@@ -120,17 +106,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Maybe& dls
   const Inputs in = describe(p, q, k, v, lo, hi, uniform, slopes, seed, scale, dropout_p);
   check(dout, "dout", p.B, p.T, p.H, p.D);
   check(out, "out", p.B, p.T, p.H, p.D);
-  STD_TORCH_CHECK(dtype_of(dout, "dout") == p.dtype && dtype_of(out, "out") == p.dtype,
+  STD_TORCH_CHECK(dtype_of(dout, "dout") == p.rows && dtype_of(out, "out") == p.rows,
                   "dout, out: expected q's dtype");
-  STD_TORCH_CHECK(lse.dim() == 3 && lse.is_contiguous() && lse.numel() == p.B * p.H * p.T &&
-                      lse.scalar_type() == ScalarType::Float,
-                  "lse: expected the forward's");
+  check_heads(lse, "lse", p);
   const Tensor douts = unit_rows(dout), outs = unit_rows(out);
-  p.dout = tokens(douts), p.out = tokens(outs), p.lse = static_cast<float*>(lse.data_ptr());
+  p.dout = tokens(douts), p.out = tokens(outs), p.lse = per_row(lse);
   if (dlse) {
-    STD_TORCH_CHECK(
-        dlse->dim() == 3 && dlse->numel() == p.B * p.H * p.T && dlse->scalar_type() == ScalarType::Float,
-        "dlse: expected float32 like lse");
+    check_heads(*dlse, "dlse", p);
     p.dlse = per_row(*dlse);
   }
   const int64_t rows[] = {p.B, p.T, p.H, p.D}, keys[] = {p.B, p.J, p.G, p.D};
@@ -141,23 +123,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Maybe& dls
     for (Tensor* x : {&dq, &dk, &dv}) torch::stable::zero_(*x);
     return {dq, dk, dv};
   }
-  const int64_t shares = shares_of(p), heads = p.B * p.G, tasks = heads * shares;
-  const int64_t crew = workers(tasks, 2.5 * flops(p) / shares);
-  const int64_t each = MMKERNELS_CALL(backward_floats, p), sum = MMKERNELS_CALL(sums_floats, p);
-  // Alone in its key head, a task combines at once, and its worker reuses the sums; else all shares must be
-  // there.
-  const bool alone = shares == 1;
-  const Tensor space = floats(q, crew * each + (alone ? crew : tasks) * sum);
-  float *workspace = static_cast<float*>(space.data_ptr()), *sums = workspace + crew * each;
-  run_tasks(tasks, crew, [&](int64_t task, int64_t worker) {
-    float *mine = workspace + worker * each, *total = sums + (alone ? worker : task) * sum;
-    MMKERNELS_CALL(backward, p, task, mine, total);
-    if (alone) MMKERNELS_CALL(combine, p, task, total, mine);
-  });
-  if (!alone)
-    run_tasks(heads, crew < heads ? crew : heads, [&](int64_t head, int64_t worker) {
-      MMKERNELS_CALL(combine, p, head, sums + head * shares * sum, workspace + worker * each);
-    });
+  const Tensor space = floats(q, backward_workspace(p));
+  differentiate(p, static_cast<float*>(space.data_ptr()));
   return {dq, dk, dv};
 }
 

@@ -103,7 +103,7 @@ static bool load_tile(const IntervalAttention& p, const Tokens& x, const Block& 
   Vec zero{};
   for (int64_t j = 0; j < kTileKeys; ++j, rows += width) {
     if (cover >> j & 1)
-      zero = widen(p.dtype, row_of(x, p.dtype, block.b, key + j, block.g), p.D, 1.f, rows, width, zero);
+      zero = widen(p.keys, row_of(x, p.keys, block.b, key + j, block.g), p.D, 1.f, rows, width, zero);
     else
       fill_zero(rows, width);
   }
@@ -115,13 +115,13 @@ MMK_INLINE void ask_ahead(const IntervalAttention& p, const Tokens& x, const Blo
   const int64_t end = g.first + g.rows;
   for (int64_t r = end; r < end + kRows && r < block.rows; ++r)
     if (!block.loaded[r])
-      prefetch(row_of(x, p.dtype, block.b, block.t[r], block.h[r]), p.D * bytes_of(p.dtype));
+      prefetch(row_of(x, p.rows, block.b, block.t[r], block.h[r]), p.D * bytes_of(p.rows));
 }
 MMK_INLINE void ask_for_tile(const IntervalAttention& p, const Block& block, int64_t key, int64_t& asked) {
   for (const int64_t end = asked + kRows + 1; asked < end && asked < kTileKeys && key + asked < p.J;
        ++asked) {
-    prefetch(row_of(p.k, p.dtype, block.b, key + asked, block.g), p.D * bytes_of(p.dtype));
-    prefetch(row_of(p.v, p.dtype, block.b, key + asked, block.g), p.D * bytes_of(p.dtype));
+    prefetch(row_of(p.k, p.keys, block.b, key + asked, block.g), p.D * bytes_of(p.keys));
+    prefetch(row_of(p.v, p.keys, block.b, key + asked, block.g), p.D * bytes_of(p.keys));
   }
 }
 

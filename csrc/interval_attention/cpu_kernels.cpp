@@ -25,7 +25,7 @@ int64_t forward_floats(const IntervalAttention& p) {
 
 static void load_row(const IntervalAttention& p, Block& block, Forward& f, int64_t r) {
   const int64_t width = padded_width(p);
-  widen(p.dtype, row_of(p.q, p.dtype, block.b, block.t[r], block.h[r]), p.D, p.scale, f.q + r * width, width);
+  widen(p.rows, row_of(p.q, p.rows, block.b, block.t[r], block.h[r]), p.D, p.scale, f.q + r * width, width);
   fill_zero(f.o + r * width, width);
   store(f.sum + r * W, Vec{});
   f.max[r] = -__builtin_inff();
@@ -37,9 +37,9 @@ static void store_row(const IntervalAttention& p, const Block& block, const Forw
   const bool empty = block.empty(r);
   const float sum = reduce_sum(load(f.sum + r * W));
   const float share = empty ? 0.f : 1.f / (sum * (1.f - p.dropout_p));
-  narrow(p.dtype, f.o + r * padded_width(p), p.D, share,
-         row_of(p.out, p.dtype, block.b, block.t[r], block.h[r]));
-  p.lse[(block.b * p.H + block.h[r]) * p.T + block.t[r]] =
+  narrow(p.rows, f.o + r * padded_width(p), p.D, share,
+         row_of(p.out, p.rows, block.b, block.t[r], block.h[r]));
+  static_cast<float*>(p.lse.p)[at(p.lse, block.b, block.h[r], block.t[r])] =
       empty ? -__builtin_inff() : static_cast<float>(f.max[r] + log(sum));
 }
 

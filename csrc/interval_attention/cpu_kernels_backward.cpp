@@ -40,27 +40,27 @@ static void load_row(const IntervalAttentionBackward& p, Block& block, Backward&
   block.loaded[r] = true;
   fill_zero(w.dq + r * width, width);
   if (block.learns(r))
-    widen(p.dtype, row_of(p.q, p.dtype, b, t, h), p.D, p.scale, q, width);
+    widen(p.rows, row_of(p.q, p.rows, b, t, h), p.D, p.scale, q, width);
   else
     fill_zero(q, width);
   if (block.empty(r)) {
     fill_zero(dout, width);
     return;
   }
-  widen(p.dtype, row_of(p.dout, p.dtype, b, t, h), p.D, 1.f, dout, width);
-  widen(p.dtype, row_of(p.out, p.dtype, b, t, h), p.D, 1.f, out, width);
+  widen(p.rows, row_of(p.dout, p.rows, b, t, h), p.D, 1.f, dout, width);
+  widen(p.rows, row_of(p.out, p.rows, b, t, h), p.D, 1.f, out, width);
   Vec delta{};
   for (int64_t i = 0; i < width; i += W) delta = fma(load(dout + i), load(out + i), delta);
   const float* dlse = static_cast<const float*>(p.dlse.p);
   w.delta[r] = reduce_sum(delta);
   w.dlse[r] = dlse ? dlse[at(p.dlse, b, h, t)] : 0.f;
-  w.lse[r] = p.lse[(b * p.H + h) * p.T + t];
+  w.lse[r] = static_cast<const float*>(p.lse.p)[at(p.lse, b, h, t)];
 }
 
 static void store_row(const IntervalAttentionBackward& p, const Block& block, const Backward& w, int64_t r) {
   const int64_t width = padded_width(p);
   if (!block.learns(r)) fill_zero(w.dq + r * width, width);
-  narrow(p.dtype, w.dq + r * width, p.D, p.scale, row_of(p.dq, p.dtype, block.b, block.t[r], block.h[r]));
+  narrow(p.rows, w.dq + r * width, p.D, p.scale, row_of(p.dq, p.rows, block.b, block.t[r], block.h[r]));
 }
 
 // From products s and dp (in the strip's buffers) to p with dropout and ds, both 0 where the row does not
@@ -174,7 +174,7 @@ static void combine_tile(const IntervalAttentionBackward& p, int64_t b, int64_t 
         const float* x = share + which * half + j * width;
         for (int64_t i = 0; i < width; i += W) store(row + i, load(row + i) + load(x + i));
       }
-      narrow(p.dtype, row, p.D, 1.f, row_of(which ? p.dv : p.dk, p.dtype, b, j, g));
+      narrow(p.keys, row, p.D, 1.f, row_of(which ? p.dv : p.dk, p.keys, b, j, g));
     }
 }
 

@@ -12,19 +12,19 @@ struct Tokens {  // [B, T or J, H or G, D], unit last stride; the other strides 
 };
 
 struct PerRow {  // [B, T] or [B, H, T]
-  const void* p;
+  void* p;
   int64_t b, h, t;
 };
 
 struct IntervalAttention {
   Tokens q, k, v, out;
   PerRow lo, hi, uniform;  // int32, int32, bool (p is null: no row is uniform)
-  float* lse;              // [B, H, T]
+  PerRow lse;              // float [B, H, T]; forward writes it
   const float* slopes;     // [H], or null
   int64_t B, T, J, H, G, D;
   float scale, dropout_p;
   uint32_t seed, threshold;  // a key is dropped when its hash is below the threshold
-  Dtype dtype;
+  Dtype rows, keys;          // dtypes of q, out and their gradients, and of k, v and theirs
 };
 
 struct IntervalAttentionBackward : IntervalAttention {
