@@ -16,7 +16,7 @@ class Layout:
     embedding: str
     layers: str
     norm: str
-    head: str
+    head: tuple[str, ...]  # newer files of some families have a second name for it
     inside: tuple[tuple[str, str], ...]  # our submodule of a block -> theirs
     qkv: tuple[str, ...]  # theirs, joined; a single one is [q; k; v] unless `heads_first`
     up: tuple[str, ...]
@@ -25,7 +25,7 @@ class Layout:
 
 LAYOUTS = {
     "mpt": Layout(
-        embedding="transformer.wte", layers="transformer.blocks", norm="transformer.norm_f", head="lm_head",
+        embedding="transformer.wte", layers="transformer.blocks", norm="transformer.norm_f", head=("lm_head",),
         inside=(
             ("attention_norm", "norm_1"), (r"attention\.out", "attn.out_proj"), (r"attention\.q_norm", "attn.q_ln"),
             (r"attention\.k_norm", "attn.k_ln"), ("mlp_norm", "norm_2"), (r"mlp\.down", "ffn.down_proj"),
@@ -33,7 +33,8 @@ LAYOUTS = {
         qkv=("attn.Wqkv",), up=("ffn.up_proj",),
     ),
     "gpt_neox": Layout(
-        embedding="gpt_neox.embed_in", layers="gpt_neox.layers", norm="gpt_neox.final_layer_norm", head="embed_out",
+        embedding="gpt_neox.embed_in", layers="gpt_neox.layers", norm="gpt_neox.final_layer_norm",
+        head=("embed_out", "lm_head"),
         inside=(
             ("attention_norm", "input_layernorm"), (r"attention\.out", "attention.dense"),
             ("mlp_norm", "post_attention_layernorm"), (r"mlp\.down", "mlp.dense_4h_to_h"),
@@ -41,7 +42,7 @@ LAYOUTS = {
         qkv=("attention.query_key_value",), up=("mlp.dense_h_to_4h",), heads_first=True,
     ),
     "llama": Layout(
-        embedding="model.embed_tokens", layers="model.layers", norm="model.norm", head="lm_head",
+        embedding="model.embed_tokens", layers="model.layers", norm="model.norm", head=("lm_head",),
         inside=(
             ("attention_norm", "input_layernorm"), (r"attention\.out", "self_attn.o_proj"),
             ("mlp_norm", "post_attention_layernorm"), (r"mlp\.down", "mlp.down_proj"),
@@ -78,11 +79,11 @@ def decoder_table(source: str, *, heads: int, vocab: int, special: tuple[int, ..
             joined(r"attention\.qkv", layout.qkv, layout.heads_first),
             joined(r"mlp\.up", layout.up),
             Rule(r"norm\.(\w+)", (f"{layout.norm}.{{0}}",)),
-            Rule(r"head\.(\w+)", (f"{layout.head}.{{0}}",), rows),
+            *(Rule(r"head\.(\w+)", (f"{head}.{{0}}",), rows) for head in layout.head),
         ),
         ignored=(
             r".*\.(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias)",  # constants
-            *((rf"{layout.head}\.weight",) if tied else ()),
+            *(rf"{head}\.weight" for head in layout.head if tied),
         ),
     )
 

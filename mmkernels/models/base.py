@@ -35,10 +35,6 @@ class Cache:
     text: KVCache
     media: dict[str, Any] = field(default_factory=dict)  # the family's own
 
-    @property
-    def length(self) -> int:
-        return self.text.length
-
 
 @dataclass
 class Output:
@@ -81,12 +77,13 @@ class MultimodalModel(nn.Module):
         *,
         media: Tensor | None = None,
         cache: Cache | None = None,
+        last_only: bool = False,
     ) -> Output:
         """One pass over a batch, or over the next tokens of a cached one.
 
         **Shapes** images `[B, I, 3, H, W]` or, for videos, `[B, I, F, 3, H, W]`; input_ids `[B, T]`; attention_mask bool
         `[B, T]`, each row's tokens one run, padding on either side (only on the left with a cache); labels `[B, T]`, -100 where
-        nothing is predicted; media instead of images: what `encode` gave.
+        nothing is predicted; media instead of images: what `encode` gave. `last_only` gives the logits of the last position.
         **Gradient** the parameters that `Stage.freeze` leaves trainable. With a cache: none.
         **Edge** no valid label: loss 0.
         **Raises** ValueError for shapes, and on CPU for token ids out of range and padding with holes; TypeError for dtypes.
@@ -94,6 +91,10 @@ class MultimodalModel(nn.Module):
         if input_ids is None:
             raise ValueError("input_ids: got None, expected token ids [B, T]")
         self._check(input_ids, attention_mask, labels, cache)
+        if last_only and labels is not None:
+            raise ValueError(
+                "last_only: got True beside labels, expected False: the loss needs every position"
+            )
         if media is None and images is not None:
             media = self.encode(images)
         text = None if cache is None else cache.text
@@ -110,7 +111,7 @@ class MultimodalModel(nn.Module):
             x = self.after_block(index, x, condition)
         if text is not None:
             text.length += shape[1]
-        logits = self.lm.logits(x)
+        logits = self.lm.logits(x[:, -1:] if last_only else x)
         loss = None if labels is None else next_token_loss(logits, labels)
         return Output(logits, loss, cache)
 
@@ -119,11 +120,8 @@ class MultimodalModel(nn.Module):
         _check.dtypes((torch.int64, torch.int32), input_ids=ids)
         _check.dtypes((torch.bool,), attention_mask=mask)
         _check.dtypes((torch.int64,), labels=labels)
-        if (
-            cache is not None
-            and torch.is_grad_enabled()
-            and any(p.requires_grad for p in self.lm.parameters())
-        ):
+        records = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        if cache is not None and records:
             raise ValueError("cache: got one while gradients are recorded, expected torch.no_grad()")
         if ids.device.type != "cpu" or torch.compiler.is_compiling():
             return  # looking at values would make the host wait
@@ -170,7 +168,8 @@ class MultimodalModel(nn.Module):
 
         **Shapes** as `forward`; prompts of unequal length are padded on either side. Returns the new ids `[B, N]`,
         N <= max_new_tokens, rows padded on the right after their end.
-        **Edge** each row gives what it would give alone. **Raises** ValueError for shapes and numbers out of range.
+        **Edge** each row gives what it would give alone, until one emits a media token: families whose media time then restarts
+        say so. **Raises** ValueError for shapes and numbers out of range.
         """
         if input_ids is None:
             raise ValueError("input_ids: got None, expected token ids [B, T]")
@@ -183,7 +182,7 @@ class MultimodalModel(nn.Module):
         done = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
         answer: list[Tensor] = []
         for _ in range(max_new_tokens):
-            logits = self(images, ids, mask, media=media, cache=cache).logits[:, -1]
+            logits = self(images, ids, mask, media=media, cache=cache, last_only=True).logits[:, -1]
             images = media = mask = None
             token = torch.where(done, self.tokens.pad, sampler(logits))
             answer.append(token)
@@ -197,9 +196,8 @@ class MultimodalModel(nn.Module):
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy in float32 of each position's logits `[B, T, V]` against the next label `[B, T]`; 0 without any."""
-    targets = F.pad(
-        labels[:, 1:], (0, 1), value=IGNORE
-    )  # shifting the labels copies less than shifting the logits
+    # shifting the labels copies less than shifting the logits
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
     total = F.cross_entropy(
         logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum"
     )

@@ -131,7 +131,9 @@ class Flamingo(MultimodalModel):
         size = _check.shapes(images=(images, "B I F 3 H W"))
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.vision.parameters())
         with torch.set_grad_enabled(learns):
-            patches = self.vision(images.flatten(0, 2)).to(self.resampler.latents.dtype)  # a frozen tower may be narrow
+            patches = self.vision(images.flatten(0, 2)).to(
+                self.resampler.latents.dtype
+            )  # a frozen tower may be narrow
         return self.resampler(patches.unflatten(0, (size["B"], size["I"], size["F"])))
 
     def condition(self, input_ids: Tensor, media: Tensor | None, cache: Cache | None) -> Condition:

@@ -1,4 +1,4 @@
-"""`python -m mmkernels.models.unpickle IN OUT`: the process behind `weights.convert`, apart so that a bad file ends only it."""
+"""What the process behind `weights.convert` runs: apart, so that a bad file ends nothing else."""
 
 from __future__ import annotations
 
@@ -36,7 +36,3 @@ def main(source: str, target: str) -> None:
     except Exception as error:
         sys.exit(" ".join(str(error).split())[:400])
     print(json.dumps(list(state)))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

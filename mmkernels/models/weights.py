@@ -7,19 +7,17 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmkernels.layers._published import Rule, Table
+from mmkernels.models.checkpoint import Checkpoint, some
 
 _OWN = Table((Rule("(.+)", ("{0}",)),))
-_LISTED = 8  # names in an error message
 
 
 def load(
@@ -35,28 +33,23 @@ def load(
     up one checkpoint.
 
     **Edge** strict: nothing is touched unless every parameter is there, has its shape and a floating dtype, and no key is left
-    over (a whole model's `source` names what its files may lack). Values are converted to the parameter's dtype and device.
+    over (a whole model's `source` names what its files may lack). Values are converted to the parameter's dtype and device;
+    files are read one tensor at a time.
     **Raises** ValueError for what is missing, left over or misshapen, for unknown sources and for files that are not
     safetensors; FileNotFoundError.
     """
-    table = _table(module, source)
-    given = state_dict_or_path
-    state = _within(table.within, dict(given) if isinstance(given, Mapping) else _read(Path(given)))
+    table, given = _table(module, source), state_dict_or_path
+    checkpoint = Checkpoint(given if isinstance(given, Mapping) else Path(given), table.within)
+    plan = _plan(module, source, table, checkpoint.shapes)
     targets = module.state_dict()
-    values, used, missing = {}, set(), []
-    for name in targets:
-        keys, value = _collect(table, name, state)
-        if value is not None:
-            values[name] = value
-            used.update(keys)
-        elif not _matches(table.absent, name):
-            missing.extend(key for key in keys if key not in state)
-    left = [key for key in state if key not in used and not _matches(table.ignored, key)]
-    wrong = [problem for name, value in values.items() if (problem := _mismatch(name, value, targets[name]))]
-    _refuse(module, source, missing, left, wrong)
     with torch.no_grad():
-        for name, value in values.items():
-            targets[name].copy_(value)
+        for name, (rule, keys) in plan.items():
+            targets[name].copy_(rule.value([checkpoint.read(key) for key in keys]))
+
+
+Plan = dict[
+    str, tuple[Rule, tuple[str, ...]]
+]  # our parameter -> the rule that makes it, the published keys it takes
 
 
 def _table(module: nn.Module, source: str | None) -> Table:
@@ -69,78 +62,47 @@ def _table(module: nn.Module, source: str | None) -> Table:
     return module.published(source)  # type: ignore[operator]
 
 
-def _within(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The part of a whole system's file that is about the module; a file of the module alone as it is."""
-    inner = {
-        key.removeprefix(prefix): value for key, value in state.items() if prefix and key.startswith(prefix)
-    }
-    return inner or state
-
-
-def _collect(table: Table, name: str, state: Mapping[str, Tensor]) -> tuple[tuple[str, ...], Tensor | None]:
-    """The published keys of our parameter `name` and, if all are there, its value: by the first rule that finds its keys."""
-    alternatives = [(keys, rule) for rule in table.rules if (keys := rule.sources(name)) is not None]
-    for keys, rule in alternatives:
-        if all(key in state for key in keys):
-            return keys, rule.value([state[key] for key in keys])
-    return (alternatives[0][0] if alternatives else (f"(nothing published for {name})",)), None
+def _plan(module: nn.Module, source: str | None, table: Table, shapes: Mapping[str, Tensor]) -> Plan:
+    """How every parameter is made. **Raises** ValueError, with everything that is wrong, unless all of it can be done."""
+    plan: Plan = {}
+    missing, wrong, used = [], [], set()
+    for name, target in module.state_dict().items():
+        ways = [(rule, keys) for rule in table.rules if (keys := rule.sources(name)) is not None]
+        way = next((w for w in ways if all(key in shapes for key in w[1])), None)
+        if way is not None:
+            plan[name] = way
+            used.update(way[1])
+            wrong += _mismatch(name, way[0], [shapes[key] for key in way[1]], target)
+        elif not _matches(table.absent, name):
+            missing += (
+                [key for key in ways[0][1] if key not in shapes]
+                if ways
+                else [f"(nothing published for {name})"]
+            )
+    left = [key for key in shapes if key not in used and not _matches(table.ignored, key)]
+    problems = (("missing", missing), ("left over", left), ("misshapen", wrong))
+    found = [f"{title}: {some(names)}" for title, names in problems if names]
+    if found:
+        what = f"{type(module).__name__} from {source or 'our own names'}"
+        raise ValueError(f"state_dict: does not fit {what}; nothing was loaded. {'; '.join(found)}")
+    return plan
 
 
 def _matches(patterns: tuple[str, ...], name: str) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
-def _mismatch(name: str, value: Tensor, target: Tensor) -> str:
-    if value.shape != target.shape:
-        return f"{name} has shape {list(value.shape)}, expected {list(target.shape)}"
-    if value.is_floating_point() != target.is_floating_point() or value.is_complex():
-        return f"{name} has dtype {value.dtype}, expected {target.dtype} or what converts to it"
-    return ""
-
-
-def _refuse(
-    module: nn.Module, source: str | None, missing: list[str], left: list[str], wrong: list[str]
-) -> None:
-    problems = (("missing", missing), ("left over", left), ("misshapen", wrong))
-    found = [f"{title}: {_some(names)}" for title, names in problems if names]
-    if found:
-        what = f"{type(module).__name__} from {source or 'our own names'}"
-        raise ValueError(f"state_dict: does not fit {what}; nothing was loaded. {'; '.join(found)}")
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not files:
-        raise ValueError(f"{path}: a folder without safetensors files")
-    state: dict[str, Tensor] = {}
-    for file in files:
-        tensors = _read_file(file)
-        twice = sorted(set(tensors) & set(state))
-        if twice:
-            raise ValueError(f"{file}: has keys that another file of the folder has too: {_some(twice)}")
-        state.update(tensors)
-    return state
-
-
-def _read_file(path: Path) -> dict[str, Tensor]:
-    with path.open("rb") as file:
-        head = file.read(16)
-    if head[:2] == b"PK" or head[:1] == b"\x80":  # zip archive of torch.save, or a bare pickle
-        raise ValueError(
-            f"{path}: a pickle, which can run code when read; `mmkernels convert` makes it safetensors"
-        )
+def _mismatch(name: str, rule: Rule, parts: list[Tensor], target: Tensor) -> list[str]:
     try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file ({error})") from None
+        value = rule.value(parts)
+    except (RuntimeError, IndexError):
+        shapes = " and ".join(str(list(part.shape)) for part in parts)
+        return [f"{name} cannot be made of {shapes}, expected {list(target.shape)} in all"]
+    if value.shape != target.shape:
+        return [f"{name} has shape {list(value.shape)}, expected {list(target.shape)}"]
+    if value.is_floating_point() != target.is_floating_point() or value.is_complex():
+        return [f"{name} has dtype {value.dtype}, expected {target.dtype} or what converts to it"]
+    return []
 
 
 def save(
@@ -151,26 +113,30 @@ def save(
 ) -> None:
     """Writes parameters and buffers under our own names, all or nothing: a file appears complete, or is not touched."""
     state = module_or_state.state_dict() if isinstance(module_or_state, nn.Module) else module_or_state
-    # clones: safetensors refuses tensors that share memory, as tied or sliced parameters do
-    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, temporary, metadata=dict(metadata or {}))
+        save_file(_apart(state), temporary, metadata=dict(metadata or {}))
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, none sharing memory with another or with more than itself: safetensors refuses such."""
+    apart, seen = {}, set()
+    for key, value in state.items():
+        value = value.detach().cpu().contiguous()
+        storage = value.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != value.nbytes:
+            value = value.clone()
+        seen.add(value.untyped_storage().data_ptr())
+        apart[key] = value
+    return apart
 
 
 def convert(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> list[str]:
@@ -182,7 +148,9 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> l
     """
     if not Path(source).is_file():
         raise FileNotFoundError(f"{source}: no such file")
-    command = [sys.executable, "-m", "mmkernels.models.unpickle", os.fspath(source), os.fspath(target)]
+    # isolated, and with this process's own path: a module beside the file that is converted must not be imported
+    code = f"import sys; sys.path[:] = {sys.path!r}; from mmkernels.models.unpickle import main; main(*sys.argv[1:])"
+    command = [sys.executable, "-I", "-c", code, os.fspath(source), os.fspath(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         reason = done.stderr.strip().splitlines()

@@ -8,36 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from tiny import CHUNK, END, PAD, pictures, text_ids
 
 from mmkernels import models
 from mmkernels.models.base import next_token_loss
-from mmkernels.models.sampling import Sampler
-
-IMAGE, CHUNK, END, PAD = 2, 3, 1, 0
-LATENTS = 8
-
-
-@pytest.fixture(scope="module")
-def model() -> models.Flamingo:
-    """flamingo-tiny with open gates: what it sees shows."""
-    torch.manual_seed(0)
-    model = models.build("flamingo-tiny")
-    with torch.no_grad():
-        for block in model.cross:
-            block.attention_gate.fill_(1.0)
-            block.ffn_gate.fill_(0.5)
-    return model.eval()
-
-
-def _text(*rows: str) -> Tensor:
-    """One id per letter: I an image, C the end of a chunk, E of the text, . padding, others text."""
-    special = {"I": IMAGE, "C": CHUNK, "E": END, ".": PAD}
-    return torch.tensor([[special.get(c, ord(c)) for c in row] for row in rows])
-
-
-def _images(batch: int, images: int, *frames: int) -> Tensor:
-    return torch.randn(batch, images, *frames, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 def _clip_l() -> int:
@@ -100,24 +74,24 @@ def test_blocks_stand_where_the_published_ones_do(placement, every, order):
         block.register_forward_hook(lambda *_, n=n: ran.append(str(n)))
     for block in model.cross:
         block.register_forward_hook(lambda *_: ran.append("x"))
-    model(input_ids=_text("Iab"))
+    model(input_ids=text_ids("Iab"))
     assert "".join(ran) == order.replace(" ", "")
 
 
 def test_text_sees_neither_later_text_nor_later_images(model):
-    ids, images = _text("abIcdIef"), _images(1, 2)
+    ids, images = text_ids("abIcdIef"), pictures(1, 2)
     with torch.no_grad():
         logits = model(images, ids).logits
         other = images.clone()
         other[:, 1] += 1
         changed = model(other, ids).logits
         assert torch.equal(changed[:, :5], logits[:, :5]) and not torch.equal(changed[:, 5], logits[:, 5])
-        changed = model(images, _text("abIcdIeg")).logits
+        changed = model(images, text_ids("abIcdIeg")).logits
         assert torch.equal(changed[:, :7], logits[:, :7])
 
 
 def test_samples_of_a_batch_do_not_meet(model):
-    ids, images = _text("Iabcd", "aIbIc"), _images(2, 2)
+    ids, images = text_ids("Iabcd", "aIbIc"), pictures(2, 2)
     with torch.no_grad():
         both = model(images, ids).logits
         for n in range(2):
@@ -126,143 +100,37 @@ def test_samples_of_a_batch_do_not_meet(model):
 
 
 @torch.no_grad()
-def test_steps_from_a_cache_equal_the_whole(model):
-    ids, images = _text("aIbcIdefgh", "IabcdefgCi"), _images(2, 2)
-    whole = model(images, ids).logits
-    cache = model.new_cache(2, 10)
-    parts = [model(images, ids[:, :6], cache=cache).logits]
-    parts += [model(input_ids=part, cache=cache).logits for part in ids[:, 6:].split((1, 2, 1), dim=1)]
-    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
-
-
-@torch.no_grad()
 def test_encoded_media_stand_for_their_images(model):
-    ids, images = _text("IabIcd"), _images(1, 2)
+    ids, images = text_ids("IabIcd"), pictures(1, 2)
     assert torch.equal(model(images, ids).logits, model(input_ids=ids, media=model.encode(images)).logits)
 
 
-def _seen(model, cache) -> list[list[tuple[int, int] | str]]:
-    """Which media (first, one past the last) each row of the last call saw; "all" where it averaged."""
-    c = cache.media["condition"]
-    b, images = c.media.shape[:2]
-    rows = zip(
-        c.intervals.lo.view(b, -1), c.intervals.hi.view(b, -1), c.intervals.uniform.view(b, -1), strict=True
-    )
-    return [
-        [
-            "all"
-            if u
-            else ((l - n * images * LATENTS) // LATENTS, (h - n * images * LATENTS) // LATENTS)
-            if h > l
-            else ()
-            for l, h, u in zip(lo.tolist(), hi.tolist(), uniform.tolist(), strict=True)
-        ]
-        for n, (lo, hi, uniform) in enumerate(rows)
-    ]
-
-
-@torch.no_grad()
-def test_media_time_while_decoding(model):
-    cache = model.new_cache(3, 12)
-    model(_images(3, 3), _text("IaIb", "abIc", "abcd"), cache=cache)
-    assert _seen(model, cache) == [
-        [(0, 1), (0, 1), (1, 2), (1, 2)],
-        [(), (), (0, 1), (0, 1)],
-        [(), (), (), ()],
-    ]
-    model(input_ids=_text("xy", "xy", "xy"), cache=cache)  # no media token: everyone keeps its last medium
-    assert _seen(model, cache) == [[(1, 2)] * 2, [(0, 1)] * 2, [(), ()]]
-    model(input_ids=_text("x", "I", "x"), cache=cache)  # one row has one: time restarts for the whole batch
-    assert _seen(model, cache) == [[()], [(0, 1)], [()]]
-    model(input_ids=_text("y", "y", "y"), cache=cache)  # and stays so
-    assert _seen(model, cache) == [[()], [(0, 1)], [()]]
-    model(input_ids=_text("IIII", "IIxx", "xxxx"), cache=cache)  # more media tokens than media
-    assert _seen(model, cache)[0] == [(0, 1), (1, 2), (2, 3), "all"]
-    cache.text.length = 0
-    model(input_ids=_text("z", "z", "z"), cache=cache)
-    assert _seen(model, cache) == [["all"], [(1, 2)], [()]]
-    model(_images(3, 1), _text("Iz", "zI", "zz"), cache=cache)  # new media: their own time
-    assert _seen(model, cache) == [[(0, 1), (0, 1)], [(), (0, 1)], [(), ()]]
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_generation_from_prompts_of_unequal_length(model, side):
-    prompts, images = ["IabCIcd", "Ie", "xyzIf"], _images(3, 2)
-    pad = str.rjust if side == "left" else str.ljust
-    ids = _text(*(pad(p, 7, ".") for p in prompts))
-    together = model.generate(images, ids, ids != PAD, max_new_tokens=4, stop=())
-    for n, prompt in enumerate(prompts):
-        alone = model.generate(images[n : n + 1], _text(prompt), max_new_tokens=4, stop=())
-        assert torch.equal(together[n : n + 1], alone), n
-        slow, text = _text(prompt), []
-        for _ in range(4):  # without a cache
-            with torch.no_grad():
-                text.append(model(images[n : n + 1], slow).logits[:, -1].argmax(-1))
-            slow = torch.cat([slow, text[-1][:, None]], 1)
-        assert torch.equal(torch.stack(text, 1), alone), n
-
-
-def test_a_row_ends_at_its_stop_token(model):
-    images, ids = _images(2, 1), _text("Iab", "Icd")
-    free = model.generate(images, ids, max_new_tokens=6, stop=())
-    stop = int(free[0, 2])
-    first = [int((row == stop).nonzero()[0]) if bool((row == stop).any()) else 5 for row in free]
-    ended = model.generate(images, ids, max_new_tokens=6, stop=(stop,))
-    assert ended.shape[1] == max(first) + 1
-    for row, whole, end in zip(ended, free, first, strict=True):
-        assert torch.equal(row[: end + 1], whole[: end + 1]) and not row[end + 1 :].any()
-
-
-def test_sampling(model):
-    logits = torch.randn(40, generator=torch.Generator().manual_seed(3)).expand(200, -1)
-    likeliest = logits[0].argsort(descending=True)
-
-    def draw(**options):
-        return Sampler(**options, generator=torch.Generator().manual_seed(0))(logits)
-
-    greedy = likeliest[:1].expand(200)
-    for options in ({"top_k": 1}, {"temperature": 1e-4}, {"top_p": 1e-6}, {"temperature": 0.0}):
-        assert torch.equal(draw(**{"temperature": 1.0, **options}), greedy), options
-    free = draw(temperature=9.0)
-    assert torch.equal(free, draw(temperature=9.0)) and len(free.unique()) > 30
-    assert set(draw(temperature=9.0, top_k=4).tolist()) == set(likeliest[:4].tolist())
-    mass = (logits[0] / 9).softmax(-1)[likeliest].cumsum(-1)
-    kept = likeliest[: int((mass < 0.2).sum()) + 1]  # the fewest that reach it
-    assert set(draw(temperature=9.0, top_p=0.2).tolist()) == set(kept.tolist()) and len(kept) > 2
-    one = [model.generate(_images(1, 1), _text("Iab"), max_new_tokens=2, temperature=3.0, top_k=5, stop=(),
-                          generator=torch.Generator().manual_seed(n)) for n in (0, 0, 1, 2, 3)]  # fmt: skip
-    assert torch.equal(one[0], one[1]) and any(not torch.equal(one[0], other) for other in one)
-    for bad in ({"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"max_new_tokens": 0}):
-        with pytest.raises(ValueError, match=next(iter(bad))):
-            model.generate(_images(1, 1), _text("Iab"), **bad)
-
-
 def test_videos_are_frames_of_one_medium(model):
-    ids, video = _text("Iab"), _images(1, 1, 4)
+    ids, video = text_ids("Iab"), pictures(1, 1, 4)
     with torch.no_grad():
         still, moving = model(video[:, :, :1], ids).logits, model(video, ids).logits
         assert torch.equal(still, model(video[:, :, 0], ids).logits)
     assert moving.shape == still.shape and not torch.equal(moving, still)
     with pytest.raises(ValueError, match="max_frames = 8"):
-        model(_images(1, 1, 9), ids)
+        model(pictures(1, 1, 9), ids)
 
 
 def test_labels():
     tokens = models.config("flamingo-tiny").tokens
-    ids = _text("abIcdCeIfCE...", "...ICabIIcdCCx")
-    want = _text("...cdC..fC....", "....C....cdC..")
+    ids = text_ids("abIcdCeIfCE...", "...ICabIIcdCCx")
+    want = text_ids("...cdC..fC....", "....C....cdC..")
     expect = torch.where(want == PAD, -100, want)
     assert torch.equal(models.flamingo_labels(ids, tokens), expect)
     mask = ids != PAD
     mask[0, 5] = False
     masked = models.flamingo_labels(ids, tokens, mask)
     assert masked[0, 5] == -100 and torch.equal(masked[1], expect[1])
-    pairs = models.flamingo_labels(_text("IabCE.."), tokens, interleaved=False)
+    pairs = models.flamingo_labels(text_ids("IabCE.."), tokens, interleaved=False)
     assert pairs.tolist() == [[-100, ord("a"), ord("b"), CHUNK, END, -100, -100]]
 
 
 def test_loss_is_the_mean_over_what_is_predicted(model):
-    ids, images = _text("IabC", "IcC."), _images(2, 1)
+    ids, images = text_ids("IabC", "IcC."), pictures(2, 1)
     labels = models.flamingo_labels(ids, model.tokens)
     out = model(images, ids, ids != PAD, labels)
     plain = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
@@ -282,9 +150,9 @@ def test_a_step_trains_the_joints_and_the_special_rows_only(model):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.5)
     for _ in range(2):
         batches = {
-            "pairs": {"images": _images(2, 1), "input_ids": (ids := _text("IabCE", "IcCE.")),
+            "pairs": {"images": pictures(2, 1), "input_ids": (ids := text_ids("IabCE", "IcCE.")),
                       "labels": models.flamingo_labels(ids, model.tokens, interleaved=False)},
-            "interleaved": {"images": _images(2, 2), "input_ids": (ids := _text("aIbCIcC", "IdefgCE")),
+            "interleaved": {"images": pictures(2, 2), "input_ids": (ids := text_ids("aIbCIcC", "IdefgCE")),
                             "labels": models.flamingo_labels(ids, model.tokens)},
         }  # fmt: skip
         optimizer.zero_grad()
@@ -308,9 +176,9 @@ def test_a_step_trains_the_joints_and_the_special_rows_only(model):
 def test_a_frozen_tower_records_no_gradient(model):
     recorded = []
     handle = model.vision.register_forward_hook(lambda m, i, out: recorded.append(out.requires_grad))
-    model.encode(_images(1, 1))
+    model.encode(pictures(1, 1))
     model.vision.requires_grad_(True)
-    model.encode(_images(1, 1))
+    model.encode(pictures(1, 1))
     model.vision.requires_grad_(False)
     handle.remove()
     assert recorded == [False, True]
@@ -334,13 +202,13 @@ def test_stages_name_parameters_that_exist(name):
 
 def test_text_alone(model):
     with torch.no_grad():
-        plain, blind = model(input_ids=_text("abcd")), model(_images(1, 1), _text("abcd"))
+        plain, blind = model(input_ids=text_ids("abcd")), model(pictures(1, 1), text_ids("abcd"))
     torch.testing.assert_close(plain.logits, blind.logits)
-    assert model.generate(None, _text("ab"), max_new_tokens=2, stop=()).shape == (1, 2)
+    assert model.generate(None, text_ids("ab"), max_new_tokens=2, stop=()).shape == (1, 2)
 
 
 def test_bad_input_is_refused_by_name(model):
-    ids, images = _text("Iab"), _images(1, 1)
+    ids, images = text_ids("Iab"), pictures(1, 1)
     hole = torch.tensor([[True, False, True]])
     for error, match, call in (
         (ValueError, "input_ids: got None", lambda: model(images)),
@@ -351,8 +219,8 @@ def test_bad_input_is_refused_by_name(model):
         (ValueError, "attention_mask: got a row with a hole", lambda: model(images, ids, hole)),
         (ValueError, "labels: got shape", lambda: model(images, ids, labels=ids[:, 1:])),
         (ValueError, "images: got shape", lambda: model(images[0], ids)),
-        (ValueError, "images: got shape", lambda: model(_images(1, 1)[..., :16], ids)),
-        (ValueError, "media: got shape", lambda: model(_images(2, 1), ids)),
+        (ValueError, "images: got shape", lambda: model(pictures(1, 1)[..., :16], ids)),
+        (ValueError, "media: got shape", lambda: model(pictures(2, 1), ids)),
         (ValueError, "cache: got one while gradients", lambda: model(images, ids, cache=model.new_cache(1, 4))),
         (ValueError, "padding on the right", lambda: model.requires_grad_(False)(
             images, ids, torch.tensor([[True, True, False]]), cache=model.new_cache(1, 4))),
@@ -366,7 +234,7 @@ def test_bad_input_is_refused_by_name(model):
 
 
 def test_the_whole_model_compiles_into_one_graph(model):
-    ids, images = _text("IabCE", "aIbC."), _images(2, 1)
+    ids, images = text_ids("IabCE", "aIbC."), pictures(2, 1)
     labels = models.flamingo_labels(ids, model.tokens)
     whole = torch.compile(model, backend="aot_eager", fullgraph=True)(images, ids, ids != PAD, labels)
     assert torch.equal(whole.logits, model(images, ids, ids != PAD, labels).logits)
@@ -378,7 +246,7 @@ def test_the_whole_model_compiles_into_one_graph(model):
 @pytest.mark.parametrize("how", ["bfloat16", "float16", "autocast", "narrow_towers"])
 def test_lower_precisions_train_and_generate(model, how):
     """All parameters narrow; all wide under autocast; or, as one trains large models, frozen parts narrow, joints wide."""
-    low, ids, images = copy.deepcopy(model).train(), _text("IabCIcC", "aIbCE.."), _images(2, 2)
+    low, ids, images = copy.deepcopy(model).train(), text_ids("IabCIcC", "aIbCE.."), pictures(2, 2)
     dtype = torch.float16 if how == "float16" else torch.bfloat16
     if how in ("bfloat16", "float16"):
         low.to(dtype)

@@ -89,6 +89,17 @@ def test_a_refusal_lists_everything_and_touches_nothing():
         weights.load(torch.nn.Linear(2, 2), {}, source="otter")
 
 
+def test_parts_that_do_not_join_are_misshapen():
+    state = {k: v.clone() for k, v in _block(norm="rms").state_dict().items()}
+    k, v = state.pop("kv.weight").chunk(2)
+    with pytest.raises(ValueError, match=r"kv\.weight cannot be made of \[16, 12\] and \[16, 11\]"):
+        weights.load(
+            _block(norm="rms"),
+            {"cross_attn.k_proj.weight": k, "cross_attn.v_proj.weight": v[:, 1:]},
+            source="idefics",
+        )
+
+
 def test_values_take_the_dtype_of_the_parameters():
     block, state = _block().double(), {k: v.bfloat16() for k, v in _published_block("ff").items()}
     weights.load(block, state, source="open_flamingo")
@@ -206,6 +217,11 @@ def test_a_folder_of_files_is_one_checkpoint(tmp_path):
     save_file({names[0]: state[names[0]]}, tmp_path / "c.safetensors")
     with pytest.raises(ValueError, match="another file of the folder"):
         weights.load(block, tmp_path, source="open_flamingo")
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder"):
+        weights.save({"a": torch.ones(1)}, tmp_path / "nowhere" / "a.safetensors")
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):

@@ -25,8 +25,9 @@ def _as_ours(module: nn.Module, source: str, state: Mapping[str, Tensor]) -> dic
     """Tensors under the authors' keys -> under our names, by the module's own table: joins and permutations are linear."""
     found = {}
     for name in module.state_dict():
-        rule = next(r for r in module.published(source).rules if r.sources(name) is not None)
-        found[name] = rule.value([state[key] for key in rule.sources(name)])
+        ways = [(r, keys) for r in module.published(source).rules if (keys := r.sources(name)) is not None]
+        rule, keys = next(way for way in ways if all(key in state for key in way[1]))
+        found[name] = rule.value([state[key] for key in keys])
     return found
 
 
