@@ -74,9 +74,7 @@ def test_a_refusal_lists_everything_and_touches_nothing():
     with pytest.raises(ValueError, match="nothing was loaded") as error:
         weights.load(block, state, source="open_flamingo")
     for part in (
-        "missing: attn_gate, ff.1.weight"
-        if "missing: attn_gate" in str(error.value)
-        else "missing: ff.1.weight, attn_gate",
+        "missing: attn_gate, ff.1.weight",
         "left over: attn.to_q.bias",
         "out.weight has shape [16, 8], expected [16, 16]",
         "norm.weight has dtype torch.int64",
