@@ -5,9 +5,7 @@ import importlib
 from mmkernels import _native as _native
 from mmkernels._version import __version__ as __version__
 from mmkernels.ops.gated_cross_attention import Intervals as Intervals
-from mmkernels.ops.gated_cross_attention import (
-    gated_cross_attention as gated_cross_attention,
-)
+from mmkernels.ops.gated_cross_attention import gated_cross_attention as gated_cross_attention
 from mmkernels.ops.gated_cross_attention import gated_feed_forward as gated_feed_forward
 from mmkernels.ops.gated_cross_attention import media_intervals as media_intervals
 from mmkernels.ops.resampler import QFormerIntervals as QFormerIntervals
@@ -15,9 +13,7 @@ from mmkernels.ops.resampler import qformer_intervals as qformer_intervals
 from mmkernels.primitives._op import backends as backends
 from mmkernels.primitives._op import explain as explain
 from mmkernels.primitives._op import using as using
-from mmkernels.primitives.interval_attention import (
-    interval_attention as interval_attention,
-)
+from mmkernels.primitives.interval_attention import interval_attention as interval_attention
 from mmkernels.primitives.interval_attention import merge_attention as merge_attention
 
 

