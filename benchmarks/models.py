@@ -16,7 +16,7 @@ from mmkernels.models import Flamingo
 from mmkernels.primitives._op import OPS
 from mmkernels.train.objectives import Objectives
 
-BATCH, CURVE = 16, 4  # documents of a step; steps over which the loss curves are compared
+BATCH, CURVE = 16, 3  # documents of a step; steps over which the loss curves are compared
 STEPS = {"flamingo-tiny": "digits"}  # model: its real data
 
 

@@ -227,10 +227,10 @@ def _block(name: str, rows: int, channels: int, headline: bool = False, **more: 
 
 
 FEED_BENCH = (
-    _block("F3B-b1", 512, 2048, headline=True),
-    _block("F3B-train", 4096, 2048),
-    _block("idefics-swiglu", 256, 2048, activation="swiglu", norm="rms", bias=False),
-    _block("F3B-decode", 32, 2048),
+    _block("F3B-feed-b1", 512, 2048, headline=True),
+    _block("F3B-feed-train", 4096, 2048),
+    _block("idefics-feed", 256, 2048, activation="swiglu", norm="rms", bias=False),
+    _block("F3B-feed-decode", 32, 2048),
 )
 
 _WEIGHTS = ("norm_weight", "norm_bias", "gate")
