@@ -50,134 +50,49 @@ def tiles_for(
     return table[max(64, 1 << (padded - 1).bit_length()), torch.finfo(dtype).bits]
 
 
-def pick(tiles: tuple[Tile, ...], rows: int, others: int, units: int) -> Tile:
-    """The largest tile that still gives every multiprocessor a program, else the smallest that is more than half full."""
-    for tile in tiles[:-1]:
-        if triton.cdiv(rows, tile[0]) * others >= units:
-            return tile
-    return tiles[-1] if rows <= tiles[-1][0] else tiles[-2]
-
-
 def splits_for(programs: int, walk: int, units: int) -> int:
     """Into how many splits of at least 4 tiles a walk over `walk` tiles goes when there are too few programs. Shapes alone
     decide: nothing waits for the device."""
     return max(1, min(units // max(programs, 1), walk // 4, 32))
 
 
-def _inputs(
-    lo: Tensor, hi: Tensor, uniform: Tensor | None, slopes: Tensor | None, seed: Tensor | None, p: float
-) -> tuple:
-    """The per-row inputs, contiguous; a seed only if anything drops out."""
-    rows = (x if x is None else x.contiguous() for x in (lo, hi, uniform, slopes))
-    return (*rows, seed if p > 0 else None)
-
-
-def _constants(q: Tensor) -> dict[str, Any]:
+def constants(width: int, dtype: torch.dtype, interpreted: bool = False) -> dict[str, Any]:
     """What a kernel is compiled for. float32 operands are cut into three bfloat16 pieces and multiplied by six products on the
     tensor cores, which is no less exact than a chain of float32 multiply-adds; their scores are in base e (forward.py)."""
-    wide = q.dtype == torch.float32
-    precision, unit = ("tf32x3", LOG2E) if wide else ("tf32", 1.0)
-    return {"D": q.shape[3], "PARTS": _triton.parts(q.shape[3]), "PRECISION": precision, "UNIT": unit}
+    wide = "ieee" if interpreted else "bf16x6"  # the interpreter's float32 products are float32's
+    precision, unit = (wide, LOG2E) if dtype == torch.float32 else ("tf32", 1.0)
+    return {"D": width, "PARTS": _triton.parts(width), "PRECISION": precision, "UNIT": unit}
 
 
-def _dropout(p: float) -> tuple[float, int]:
-    return 1.0 / (1.0 - p), int(p * 4294967296.0)
+class Call:
+    """One call's inputs as the kernels take them: unit rows, contiguous intervals, sizes and numbers."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, *rules: Any) -> None:
+        *rows, seed, scale, p = rules
+        self.q, self.k, self.v = (_triton.unit_rows(x) for x in (q, k, v))
+        self.strides = tuple(s for x in (self.q, self.k, self.v) for s in x.stride()[:3])
+        self.rows = (*(x if x is None else x.contiguous() for x in rows), seed if p > 0 else None)
+        self.b, self.tq, self.h, self.d = q.shape
+        self.tk, g = k.shape[1:3]
+        self.r, self.stacks = (
+            self.h // g,
+            self.b * g,
+        )  # query heads to a key head; key heads of all batch rows
+        self.units, self.constants = _triton.facts(q)[1], constants(self.d, q.dtype, not q.is_cuda)
+        self.scale, self.unit_scale = scale, scale * LOG2E / self.constants["UNIT"]
+        self.dropout = (1.0 / (1.0 - p), int(p * 4294967296.0))
+
+    def tile(self, table: dict[tuple[int, int], tuple[Tile, ...]]) -> Tile:
+        """The largest tile that still gives every multiprocessor a program; the decoding tile when the rows fit in it."""
+        *large, smallest = tiles_for(table, self.d, self.q.dtype)
+        rows = self.tq * self.r
+        if rows <= smallest[0]:
+            return smallest
+        return next((t for t in large if triton.cdiv(rows, t[0]) * self.stacks >= self.units), large[-1])
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    uniform: Tensor | None,
-    alibi_slopes: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    """out [B,Tq,H,D], lse [B,H,Tq]: one launch, two when few rows attend to many keys."""
-    b, tq, h, d = q.shape
-    tk, g = k.shape[1:3]
-    out, lse = q.new_empty((b, tq, h, d)), q.new_empty((b, h, tq), dtype=torch.float32)
-    if out.numel() == 0:
-        return out, lse
-    q, k, v = (_triton.unit_rows(x) for x in (q, k, v))
-    units, common = _triton.facts(q)[1], _constants(q)
-    m, n, warps, stages = pick(tiles_for(FORWARD, d, q.dtype), tq * h // g, b * g, units)
-    programs = triton.cdiv(tq * h // g, m) * b * g
-    splits = splits_for(programs, triton.cdiv(tk, n), units)
-    o, l = out, lse
-    if splits > 1:
-        o, l = q.new_empty((splits, b, tq, h, d), dtype=torch.float32), lse.new_empty((splits, b, h, tq))
-    with torch.cuda.device_of(q):
-        _forward.forward[(programs * splits,)](
-            q, k, v, *_inputs(lo, hi, uniform, alibi_slopes, seed, dropout_p), o, l,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            tq, tk, h, h // g, b * tq * h, scale * LOG2E / common["UNIT"], *_dropout(dropout_p),
-            M=m, N=n, SPLITS=splits, num_warps=warps, num_stages=stages, **common,
-        )  # fmt: skip
-        if splits > 1:
-            grid = (triton.cdiv(b * tq * h, 16),)
-            _forward.combine[grid](
-                o, l, out, lse, tq, h, b * tq * h, D=d, PARTS=common["PARTS"], M=16, SPLITS=splits
-            )
-    return out, lse
-
-
-def backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rules: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv: three launches (hulls, dQ, dK and dV), and one to add up each gradient that was split."""
-    lo, hi, uniform, alibi_slopes, seed, scale, dropout_p = rules
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    if q.numel() == 0 or k.numel() == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_()
-    b, tq, h, d = q.shape
-    tk, g = k.shape[1:3]
-    dout, q, k, v = (_triton.unit_rows(x) for x in (dout, q, k, v))
-    rows = _inputs(lo, hi, uniform, alibi_slopes, seed, dropout_p)
-    strides = (s for x in (dout, q, k, v) for s in x.stride()[:3])
-    strides, units = tuple(strides), _triton.facts(q)[1]
-    common = _constants(q)
-    numbers = (scale, scale * LOG2E / common["UNIT"], *_dropout(dropout_p))
-    m, n, warps, stages = pick(tiles_for(BACKWARD_Q, d, q.dtype), tq * h // g, b * g, units)
-    programs = triton.cdiv(tq * h // g, m) * b * g
-    padded = programs // (b * g) * m
-    norm, delta = lse.new_empty((2, b * g, padded))
-    with torch.cuda.device_of(q):
-        splits = splits_for(programs, triton.cdiv(tk, n), units)
-        part = _workspace(dq, splits)
-        _backward.backward_q[(programs * splits,)](
-            dout, None if dlse is None else dlse.contiguous(), q, k, v, out.contiguous(), lse.contiguous(), *rows,
-            part, norm, delta, *strides, tq, tk, h, h // g, b * tq * h, *numbers,
-            M=m, N=n, SPLITS=splits, num_warps=warps, num_stages=stages, **common,
-        )  # fmt: skip
-        _add_splits(part, dq, splits)
-        smallest = tiles_for(BACKWARD_KV, d, q.dtype)
-        m, n, warps, stages = smallest[-1] if m == smallest[-1][0] else smallest[0]
-        tiles = triton.cdiv(tq * h // g, m)
-        groups = triton.cdiv(tiles, 64)
-        hulls, sets = lo.new_empty((4, b, tiles)), lo.new_empty((2, b, tiles), dtype=torch.int64)
-        group_hulls = lo.new_empty((2, b, groups))
-        _backward.hulls[(b * groups,)](
-            *rows[:3], hulls, sets, group_hulls, b, tq, tk, h // g, tiles, groups, M=m
-        )
-        programs = triton.cdiv(tk, n) * b * g
-        splits = splits_for(programs, tiles, units)
-        part_k, part_v = _workspace(dk, splits), _workspace(dv, splits)
-        _backward.backward_kv[(programs * splits,)](
-            dout, q, k, v, norm, delta, *rows, hulls, sets, group_hulls, part_k, part_v, *strides,
-            b, tq, tk, h, h // g, tiles, groups, padded, b * tk * g, *numbers,
-            M=m, N=n, SPLITS=splits, num_warps=warps, num_stages=stages, **common,
-        )  # fmt: skip
-        _add_splits(part_k, dk, splits)
-        _add_splits(part_v, dv, splits)
-    return dq, dk, dv
-
-
-def _workspace(grad: Tensor, splits: int) -> Tensor:
-    return grad if splits == 1 else grad.new_empty((splits, *grad.shape), dtype=torch.float32)
+def _workspace(like: Tensor, splits: int) -> Tensor:
+    return like if splits == 1 else like.new_empty((splits, *like.shape), dtype=torch.float32)
 
 
 def _add_splits(part: Tensor, grad: Tensor, splits: int) -> None:
@@ -185,3 +100,85 @@ def _add_splits(part: Tensor, grad: Tensor, splits: int) -> None:
         _backward.add_splits[(triton.cdiv(grad.numel(), 1024),)](
             part, grad, grad.numel(), SPLITS=splits, BLOCK=1024
         )
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, *rules: Any) -> tuple[Tensor, Tensor]:
+    """out [B,Tq,H,D], lse [B,H,Tq]: one launch, two when few rows attend to many keys."""
+    b, tq, h, d = q.shape
+    out, lse = q.new_empty((b, tq, h, d)), q.new_empty((b, h, tq), dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    c = Call(q, k, v, *rules)
+    m, n, warps, stages = c.tile(FORWARD)
+    programs = triton.cdiv(tq * c.r, m) * c.stacks
+    splits = splits_for(programs, triton.cdiv(c.tk, n), c.units)
+    part, part_lse = _workspace(out, splits), _workspace(lse, splits)
+    with torch.cuda.device_of(q):
+        _forward.forward[(programs * splits,)](
+            c.q, c.k, c.v, *c.rows, part, part_lse, *c.strides,
+            tq, c.tk, h, c.r, b * tq * h, c.unit_scale, *c.dropout,
+            M=m, N=n, SPLITS=splits, num_warps=warps, num_stages=stages, **c.constants,
+        )  # fmt: skip
+        if splits > 1:
+            rows, parts = b * tq * h, c.constants["PARTS"]
+            _forward.combine[(triton.cdiv(rows, 16),)](
+                part, part_lse, out, lse, tq, h, rows, D=d, PARTS=parts, M=16, SPLITS=splits
+            )
+    return out, lse
+
+
+def backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rules: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv: three launches (dQ, hulls, dK and dV), and one to add up each gradient that was split."""
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    if q.numel() == 0 or k.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    c, dout = Call(q, k, v, *rules), _triton.unit_rows(dout)
+    with torch.cuda.device_of(q):
+        m = c.tile(BACKWARD_Q)[0]
+        norm, delta = lse.new_empty((2, c.stacks, triton.cdiv(c.tq * c.r, m) * m))
+        dlse = None if dlse is None else dlse.contiguous()
+        _backward_q(c, (dout, dlse, out.contiguous(), lse.contiguous()), dq, norm, delta)
+        _backward_kv(c, dout, norm, delta, dk, dv)
+    return dq, dk, dv
+
+
+def _backward_q(c: Call, given: tuple[Any, ...], dq: Tensor, norm: Tensor, delta: Tensor) -> None:
+    dout, dlse, out, lse = given
+    m, n, warps, stages = c.tile(BACKWARD_Q)
+    programs = norm.numel() // m
+    splits = splits_for(programs, triton.cdiv(c.tk, n), c.units)
+    part = _workspace(dq, splits)
+    _backward.backward_q[(programs * splits,)](
+        dout, dlse, c.q, c.k, c.v, out, lse, *c.rows, part, norm, delta, *dout.stride()[:3], *c.strides,
+        c.tq, c.tk, c.h, c.r, c.b * c.tq * c.h, c.scale, c.unit_scale, *c.dropout,
+        M=m, N=n, SPLITS=splits, num_warps=warps, num_stages=stages, **c.constants,
+    )  # fmt: skip
+    _add_splits(part, dq, splits)
+
+
+def _backward_kv(c: Call, dout: Tensor, norm: Tensor, delta: Tensor, dk: Tensor, dv: Tensor) -> None:
+    m, n, warps, stages = c.tile(BACKWARD_KV)
+    tiles = triton.cdiv(c.tq * c.r, m)
+    groups = triton.cdiv(tiles, 64)
+    new = c.rows[0].new_empty
+    hulls, sets, group_hulls = (
+        new((4, c.b, tiles)),
+        new((2, c.b, tiles), dtype=torch.int64),
+        new((2, c.b, groups)),
+    )
+    _backward.hulls[(c.b * groups,)](
+        *c.rows[:3], hulls, sets, group_hulls, c.b, c.tq, c.tk, c.r, tiles, groups, M=m
+    )
+    programs = triton.cdiv(c.tk, n) * c.stacks
+    splits = splits_for(programs, tiles, c.units)
+    part_k, part_v = _workspace(dk, splits), _workspace(dv, splits)
+    _backward.backward_kv[(programs * splits,)](
+        dout, c.q, c.k, c.v, norm, delta, *c.rows, hulls, sets, group_hulls, part_k, part_v,
+        *dout.stride()[:3], *c.strides, c.b, c.tq, c.tk, c.h, c.r, tiles, groups, norm.shape[1], c.tk * c.stacks,
+        c.scale, c.unit_scale, *c.dropout,
+        M=m, N=n, SPLITS=splits, num_warps=warps, num_stages=stages, **c.constants,
+    )  # fmt: skip
+    _add_splits(part_k, dk, splits)
+    _add_splits(part_v, dv, splits)
