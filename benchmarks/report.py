@@ -1,186 +1,224 @@
-"""What a run looks like: a table on the terminal, CSV, PNG, one HTML page, and the README's table from the committed JSON."""
+"""What a record looks like: tables on the terminal, JSON, CSV, and the README's table from the committed JSON.
+
+`python -m benchmarks.report readme` rewrites the README between its markers.
+"""
 
 from __future__ import annotations
 
-import base64
 import csv
-import html
 import json
 import sys
+from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).parent.parent
-MARKS = ("<!-- bench:begin -->", "<!-- bench:end -->")
-PEERS = ("eager", "compiled", "sdpa", "flex", "segments", "composed", "padded")
-Run = dict[str, Any]
+from benchmarks.machine import ROOT
+from benchmarks.wanted import Row
+
+RESULTS = ROOT / "benchmarks" / "results"
+MARKERS = ("<!-- bench:begin -->", "<!-- bench:end -->")
+ORDER = ("eager", "compiled", "sdpa", "flex", "padded", "segments", "composed", "varlen", "reference")
+NOTES = (
+    "A peer's column says how many times longer it takes than ours: the median over neighbouring runs in one process. "
+    "Below 1 we lose.",
+    "floor: the share of our time that this machine's best product and copy rates would take. extra: peak memory beyond "
+    "inputs and outputs, in multiples of them. itself: ours against ours; read no ratio that is closer to 1 than that.",
+)
+
+Record = dict[str, Any]
 
 
-def timed(run: Run) -> list[dict[str, Any]]:
-    return [row for row in run["rows"] if "ms" in row]
+def timed(record: Record) -> list[Row]:
+    return [row for row in record["rows"] if "ms" in row]
 
 
-def peers_of(run: Run) -> list[str]:
-    seen = {name for row in timed(run) for name in row["ratio"]}
-    return [name for name in PEERS if name in seen] + sorted(seen - set(PEERS))
+def peers_of(rows: list[Row]) -> list[str]:
+    """The peers that some row was timed against, the plainest first."""
+    seen = {name for row in rows for name in row.get("ratio", ())}
+    return [name for name in ORDER if name in seen] + sorted(seen - set(ORDER))
+
+
+def best_peer(row: Row) -> str:
+    """The peer that comes closest to us, or beats us."""
+    return min(row["ratio"], key=row["ratio"].__getitem__, default="")
+
+
+def losses(record: Record) -> list[tuple[Row, str]]:
+    return [(row, name) for row in timed(record) for name, ratio in row["ratio"].items() if ratio < 1]
 
 
 def times(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}×" if value >= 9.95 else f"{value:.2f}×"
+    """A ratio as people say it."""
+    if value is None:
+        return ""
+    return f"{value:.0f}×" if value >= 99.5 else f"{value:.1f}×" if value >= 9.95 else f"{value:.2f}×"
 
 
 def milliseconds(value: float) -> str:
-    return f"{value:.3g}"
+    return f"{value:.0f}" if value >= 99.5 else f"{value:.3g}"
 
 
-def print_table(run: Run, console: Console) -> None:
-    names = peers_of(run)
-    table = Table("op", "shape", "dtype", "pass", "backend", "ms", "p20–p80", *names, "% of floor", "extra")
-    for row in run["rows"]:
-        head = (row["op"], row["shape"], row["dtype"], row.get("pass", ""))
+def extra(row: Row) -> str:
+    if "extra_bytes" not in row:
+        return ""
+    return f"{row['extra_bytes'] / max(row['input_output_bytes'], 1):.2f}×"
+
+
+def why_untimed(row: Row) -> str:
+    if "skipped" in row:
+        return f"skipped: {row['skipped']}"
+    return f"WRONG: {row['worst']} has {row['share_of_allowed_error']} times the allowed error"
+
+
+def print_tables(record: Record, console: Console) -> None:
+    console.print(about(record), highlight=False)
+    for op, group in groupby(record["rows"], key=lambda row: row["op"]):
+        rows = list(group)
+        console.print(_table(op, rows))
+        for why, untimed in groupby((row for row in rows if "ms" not in row), key=why_untimed):
+            named = ", ".join(f"{row['shape']} {row['dtype']} {row['pass']}" for row in untimed)
+            console.print(f"{named}: [{'yellow' if why.startswith('skipped') else 'bold red'}]{why}[/]")
+    for note in (*NOTES, *warnings(record)):
+        console.print(note, highlight=False)
+
+
+def about(record: Record) -> str:
+    rates = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in record["rates"].items())
+    return f"{record['device']}; torch {record['versions']['torch']}; revision {record['git']}; {rates}"
+
+
+def warnings(record: Record) -> Iterator[str]:
+    lost = losses(record)
+    if lost:
+        yield f"Lost: {len(lost)} of {sum(len(row['ratio']) for row in timed(record))} ratios are below 1."
+    if record["load"]["loaded"]:
+        taken = record["load"]["others_cores"]
+        yield f"LOADED MACHINE: others took {taken} cores in the median row. Do not quote these numbers."
+
+
+def _table(op: str, rows: list[Row]) -> Table:
+    names = peers_of(rows)
+    table = Table(title=op, title_justify="left", title_style="bold")
+    for name in ("shape", "dtype", "pass", "backend"):
+        table.add_column(name, no_wrap=True)
+    for name in ("ms", "p20–p80", *names, "itself", "floor", "extra"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
         if "ms" not in row:
-            table.add_row(*head, f"[yellow]{row.get('skipped') or row.get('error')}[/]")
             continue
-        ms = row["ms"]
+        head = (
+            row["shape"],
+            row["dtype"],
+            row["pass"],
+            row["backend"] + (" (loaded)" if row["loaded"] else ""),
+        )
+        ms, itself = row["ms"], row["itself"]
         ratios = [_coloured(row["ratio"].get(name)) for name in names]
         span = f"{milliseconds(ms['p20'])}–{milliseconds(ms['p80'])}"
-        extra = f"{row['extra_bytes'] / max(row['input_output_bytes'], 1):.2f}"
-        share = f"{100 * row['share_of_floor']:.0f}"
-        table.add_row(*head, row["backend"], milliseconds(ms["median"]), span, *ratios, share, extra)
-    console.print(table)
-    console.print(
-        "Peers: how many times longer they take; below 1 we lose. extra: peak beyond inputs, in inputs + outputs."
-    )
-    busy = [row["others_cores"] for row in timed(run) if row["loaded"]]
-    if busy:
-        console.print(
-            f"[yellow]Others took up to {max(busy):.1f} cores during {len(busy)} rows: do not quote those.[/]"
-        )
+        noise = f"{itself['p20']:.2f}–{itself['p80']:.2f}"
+        share = f"{100 * row['share_of_floor']:.0f} %" if "share_of_floor" in row else ""
+        table.add_row(*head, milliseconds(ms["median"]), span, *ratios, noise, share, extra(row))
+    return table
 
 
 def _coloured(value: float | None) -> str:
-    return "" if value is None else f"[{'green' if value >= 1 else 'red'}]{times(value)}[/]"
+    return "" if value is None else f"[{'green' if value >= 1 else 'bold red'}]{times(value)}[/]"
 
 
-def write(run: Run, folder: Path) -> list[Path]:
-    """JSON, CSV, PNG and HTML of one run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"bench.{suffix}" for suffix in ("json", "csv", "png", "html")]
-    files[0].write_text(json.dumps(run, indent=1) + "\n")
-    _write_csv(run, files[1])
-    if timed(run):
-        _plot(run, files[2])
-        _write_html(run, files[2], files[3])
-    return [file for file in files if file.is_file()]
+def write_json(record: Record, file: Path) -> None:
+    file.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def _write_csv(run: Run, file: Path) -> None:
-    names = peers_of(run)
+def write_csv(record: Record, file: Path) -> None:
+    """One line a row: ours, the floor, then every peer's median and its ratio with p20 and p80."""
+    rows = timed(record)
+    names, plain = peers_of(rows), ("op", "shape", "dtype", "pass", "backend")
+    numbers = (
+        "floor_ms",
+        "share_of_floor",
+        "flops",
+        "bytes",
+        "extra_bytes",
+        "input_output_bytes",
+        "others_cores",
+    )
+    parts = [f"{name}_{part}" for name in names for part in ("ms", "ratio", "ratio_p20", "ratio_p80")]
     with file.open("w", newline="") as out:
         writer = csv.writer(out)
-        writer.writerow(
-            ("op", "shape", "dtype", "pass", "backend", "median_ms", "p20_ms", "p80_ms", "floor_ms", *names)
-        )
-        for row in timed(run):
-            ms, head = row["ms"], [row[key] for key in ("op", "shape", "dtype", "pass", "backend")]
-            ratios = [f"{row['ratio'][name]:.3f}" if name in row["ratio"] else "" for name in names]
-            writer.writerow(
-                [
-                    *head,
-                    *(f"{ms[key]:.4f}" for key in ("median", "p20", "p80")),
-                    f"{row['floor_ms']:.4f}",
-                    *ratios,
-                ]
-            )
+        writer.writerow((*plain, "ms", "p20_ms", "p80_ms", *numbers, *parts))
+        for row in rows:
+            own = [row["ms"][key] for key in ("median", "p20", "p80")]
+            peers = [value for name in names for value in _of_peer(row, name)]
+            writer.writerow([*(row[key] for key in plain), *own, *(row.get(n, "") for n in numbers), *peers])
 
 
-def _plot(run: Run, file: Path) -> None:
-    """Ratios to every peer on a log axis with 1 marked, losses in the same picture, and the share of the floor."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows, names = timed(run), peers_of(run)
-    labels = [f"{r['shape']}  {r['dtype'].replace('float', 'f')}  {r['pass']}" for r in rows]
-    height = 1.2 + 0.34 * len(rows)
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, height), sharey=True, width_ratios=(3, 1))
-    colours = pyplot.get_cmap("tab10")
-    for n, name in enumerate(names):
-        points = [(r["ratio"][name], y) for y, r in enumerate(rows) if name in r["ratio"]]
-        left.scatter(*zip(*points, strict=True), s=42, color=colours(n), label=name, zorder=3)
-    left.axvline(1, color="0.3", linewidth=1)
-    left.set(
-        xscale="log",
-        xlabel="times longer than ours (left of 1: we lose)",
-        yticks=range(len(rows)),
-        yticklabels=labels,
-    )
-    left.invert_yaxis()
-    left.legend(loc="upper center", bbox_to_anchor=(0.5, 1 + 0.9 / height), ncols=len(names), frameon=False)
-    right.barh(range(len(rows)), [100 * r["share_of_floor"] for r in rows], color="#2563eb", height=0.6)
-    right.set(xlabel="% of the floor of this machine", xlim=(0, 100))
-    for axis in (left, right):
-        axis.grid(axis="x", color="0.9", zorder=0)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
-    pyplot.close(figure)
+def _of_peer(row: Row, name: str) -> list[Any]:
+    if name not in row["ratio"]:
+        return [""] * 4
+    return [row["peer_ms"][name]["median"], *(row[key][name] for key in ("ratio", "ratio_p20", "ratio_p80"))]
 
 
-def _write_html(run: Run, picture: Path, file: Path) -> None:
-    image = base64.b64encode(picture.read_bytes()).decode()
-    about = html.escape(
-        json.dumps({key: run[key] for key in ("device", "rates", "date", "versions", "git")}, indent=1)
-    )
-    file.write_text(
-        "<!doctype html><meta charset=utf-8><title>mmkernels bench</title>"
-        "<style>body{font:15px/1.5 system-ui;margin:2rem auto;max-width:1200px;color:#1f2937}img{max-width:100%}"
-        "td,th{padding:.2rem .5rem;text-align:right;border-bottom:1px solid #eee}td:nth-child(-n+4){text-align:left}</style>"
-        f"<h1>mmkernels bench</h1><img src='data:image/png;base64,{image}'>"
-        f"<table>{_html_rows(run)}</table><pre>{about}</pre>"
-    )
-
-
-def _html_rows(run: Run) -> str:
-    names = peers_of(run)
-    head = "".join(f"<th>{n}</th>" for n in ("op", "shape", "dtype", "pass", "ms", *names, "% of floor"))
-    lines = [head]
-    for row in timed(run):
-        cells = [row["op"], row["shape"], row["dtype"], row["pass"], milliseconds(row["ms"]["median"])]
-        cells += [times(row["ratio"].get(name)) for name in names] + [f"{100 * row['share_of_floor']:.0f}"]
-        lines.append("".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells))
-    return "".join(f"<tr>{line}</tr>" for line in lines)
-
-
-def markdown(run: Run) -> str:
-    """The README's table: every timed row, losses too, with device and versions above it."""
-    names = peers_of(run)
+def markdown(record: Record, folder: str) -> str:
+    """The README's table: the headline rows, each against eager and against the peer that comes closest."""
+    rows = [row for row in timed(record) if row["headline"]]
+    lost = losses(record)
     lines = [
-        f"Measured on {run['device']}, torch {run['versions']['torch']}, revision {run['git']}, {run['date']}. Peers: how many "
-        "times longer than ours they take, interleaved in one process; below 1 we lose.",
+        f"{record['device']}, torch {record['versions']['torch']}, revision {record['git']}, "
+        f"{record['date'][:10]}. Ratios are a peer's time over ours, interleaved in one process"
+        + (f", the median of {record['processes']} processes." if record["processes"] > 1 else "."),
         "",
-        "| op | shape | dtype | pass | backend | ms | " + " | ".join(names) + " |",
-        "|---|---|---|---|---|---|" + "---|" * len(names),
+        "| op | shape | dtype | pass | backend | ms | eager | closest peer | floor | extra memory |",
+        "|---|---|---|---|---|--:|--:|--:|--:|--:|",
+        *(_markdown_row(row) for row in rows),
+        "",
+        f"![Every headline row against every peer]({folder}/headline.png)",
+        "",
+        f"All {len(timed(record))} rows, with every peer, spread and memory: [table]({folder}/bench.csv), "
+        f"[page]({folder}/bench.html), [plots]({folder}). "
+        f"Lost: {len(lost)} of {sum(len(row['ratio']) for row in timed(record))} ratios are below 1"
+        + (f" ({_named(lost)})." if lost else "."),
     ]
-    for row in timed(run):
-        ratios = " | ".join(times(row["ratio"].get(name)) for name in names)
-        head = " | ".join(str(row[key]) for key in ("op", "shape", "dtype", "pass", "backend"))
-        lines.append(f"| {head} | {milliseconds(row['ms']['median'])} | {ratios} |")
     return "\n".join(lines)
 
 
-def readme(results: Path) -> None:
-    """Rewrites the README's table from a committed JSON file."""
-    file = ROOT / "README.md"
-    before, rest = file.read_text().split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    table = markdown(json.loads(results.read_text()))
-    file.write_text(f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{after}")
+def _markdown_row(row: Row) -> str:
+    best = best_peer(row)
+    cells = (
+        *(row[key] for key in ("op", "shape", "dtype", "pass", "backend")),
+        milliseconds(row["ms"]["median"]),
+        times(row["ratio"].get("eager")),
+        f"{times(row['ratio'][best])} {best}" if best else "",
+        f"{100 * row['share_of_floor']:.0f} %" if "share_of_floor" in row else "",
+        extra(row),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _named(lost: list[tuple[Row, str]]) -> str:
+    worst = sorted(lost, key=lambda pair: pair[0]["ratio"][pair[1]])[:4]
+    named = [f"{r['shape']} {r['dtype']} {r['pass']}: {times(r['ratio'][n])} {n}" for r, n in worst]
+    return "; ".join(named) + ("; …" if len(lost) > len(worst) else "")
+
+
+def readme(page: Path = ROOT / "README.md", results: Path = RESULTS) -> None:
+    """Rewrites what stands between the README's markers from every committed record. **Raises** ValueError without markers."""
+    files = sorted(results.glob("*/bench.json"))
+    tables = [
+        markdown(json.loads(f.read_text()), f.parent.relative_to(page.parent).as_posix()) for f in files
+    ]
+    text = page.read_text()
+    before, begin, rest = text.partition(MARKERS[0])
+    _, end, after = rest.partition(MARKERS[1])
+    if not begin or not end:
+        raise ValueError(f"{page}: expected the markers {MARKERS[0]} and {MARKERS[1]}")
+    page.write_text("\n\n".join([before + begin, *tables, end + after]) if tables else text)
 
 
 if __name__ == "__main__":
-    readme(Path(sys.argv[1]))
+    if sys.argv[1:] != ["readme"]:
+        sys.exit("usage: python -m benchmarks.report readme")
+    readme()
