@@ -132,18 +132,17 @@ class Decoder(nn.Module):
         return t if start is None else (t - start.unsqueeze(1)).clamp(min=0)
 
     def visibility(self, mask: Tensor | None, positions: Tensor, cache: KVCache | None) -> Visibility:
-        """Causal intervals: a row sees `[first token, itself]`, within the window; padding rows on the left see nothing."""
+        """Causal intervals: a row sees `[first token, itself]`, within the window; padding on the left sees nothing.
+
+        Padding on the right needs no rule: no token comes after it.
+        """
         c, offset = self.config, 0 if cache is None else cache.length
         start, (b, t) = _start(mask, cache), positions.shape
         index = torch.arange(offset, offset + t, dtype=torch.int32, device=positions.device).expand(b, t)
-        hi = index + 1
-        if mask is not None:  # padding on the right sees what the last token sees
-            end = offset + t - mask.flip(1).to(torch.int8).argmax(1).int()
-            hi = torch.minimum(hi, end.unsqueeze(1))
         lo = torch.zeros_like(index) if start is None else start.unsqueeze(1).expand(b, t)
         if c.window is not None:
             lo = torch.maximum(lo, index + 1 - c.window)
-        hi = torch.maximum(hi, lo)
+        hi = torch.maximum(index + 1, lo)
         rotary = slopes = None
         if c.positions == "rotary":
             width = int((c.block.head_dim or c.block.width // c.block.heads) * c.rotary_fraction)

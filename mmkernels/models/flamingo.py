@@ -129,12 +129,8 @@ class Flamingo(MultimodalModel):
         if images.dim() == 5:
             images = images.unsqueeze(2)
         size = _check.shapes(images=(images, "B I F 3 H W"))
-        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.vision.parameters())
-        with torch.set_grad_enabled(learns):
-            patches = self.vision(images.flatten(0, 2)).to(
-                self.resampler.latents.dtype
-            )  # a frozen tower may be narrow
-        return self.resampler(patches.unflatten(0, (size["B"], size["I"], size["F"])))
+        patches = self.vision(images.flatten(0, 2)).unflatten(0, (size["B"], size["I"], size["F"]))
+        return self.resampler(patches.to(self.resampler.latents.dtype))  # a frozen tower may be narrow
 
     def condition(self, input_ids: Tensor, media: Tensor | None, cache: Cache | None) -> Condition:
         """Intervals by the media-time rules and the keys and values of all blocks; from the cache where it has them.
