@@ -38,10 +38,10 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
         """Reads what `text()` gave. **Raises** ValueError for anything else; FileNotFoundError."""
-        text = Path(path).read_text(encoding="utf-8")
+        raw = Path(path).read_bytes()
         try:
-            self = cls(_library().Tokenizer.from_str(text))
-        except Exception as error:  # the Rust side raises plain Exception
+            self = cls(_library().Tokenizer.from_str(raw.decode()))
+        except Exception as error:  # the tokenizers package raises plain Exception
             raise ValueError(f"{path}: not a tokenizer ({str(error).splitlines()[0]})") from None
         if [self._core.token_to_id(token) for token in SPECIAL] != list(range(len(SPECIAL))):
             raise ValueError(f"{path}: a tokenizer whose first ids are not {', '.join(SPECIAL)}")

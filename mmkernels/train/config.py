@@ -98,8 +98,8 @@ def claim(run: Run, out: Path) -> None:
 
 def describe(run: Run) -> dict[str, Any]:
     """A run as JSON; the recipe is part of it, so a library with another one does not continue it."""
-    recipe = [{**asdict(stage), "steps": steps} for stage, steps in run.stages()]
-    return {**asdict(run), "steps": run.total(), "recipe": [_plain(stage) for stage in recipe]}
+    recipe = [_plain(asdict(stage)) for stage, _ in run.stages()]
+    return {**asdict(run), "steps": run.total(), "recipe": recipe}
 
 
 def _plain(value: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from mmkernels.cli.main import COMMANDS, main
+from mmkernels.cli.main import main
 from mmkernels.train import trainer
 
 
@@ -66,21 +66,6 @@ def short(monkeypatch):
 
 def tree(folder):
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_with_an_example(run, command):
-    status, out, _ = run(command, "--help")
-    assert status == 0
-    assert f"example: mmkernels {command}" in " ".join(out.split())
-
-
-def test_the_commands_are_listed_and_an_unknown_one_is_refused(run):
-    _, out, _ = run("--help")
-    assert all(command in out for command in COMMANDS)
-    status, _, err = run("trian")
-    assert status == 2
-    assert "invalid choice: 'trian'" in err
 
 
 def test_models_lists_every_preset(run):
@@ -196,11 +181,11 @@ def huge(path):
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", 12_000, 12_000, 1, 0, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", 8000, 8000, 1, 0, 0, 0, 0)
     path.write_bytes(
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(bytes(12_000 * 1501)))
+        + chunk(b"IDAT", zlib.compress(bytes(8000 * 1001)))
         + chunk(b"IEND", b"")
     )
 
@@ -215,7 +200,7 @@ def test_pictures_that_cannot_be_captioned(refused, trained, picture, tmp_path):
     assert "none.png: no such picture" in generate("--image", tmp_path / "none.png")
     assert "cut.png: damaged" in generate("--image", picture, "--image", tmp_path / "cut.png")
     assert "text.png: not a picture" in generate("--image", tmp_path / "text.png")
-    assert "huge.png: 12000 x 12000 pixels is more than" in generate("--image", tmp_path / "huge.png")
+    assert "huge.png: 8000 x 8000 pixels is more than" in generate("--image", tmp_path / "huge.png")
     assert "2 <image> for 1 pictures" in generate("--image", picture, "--prompt", "<image><image>")
     assert "pictures: got 7, expected 1 to 6" in generate(*["--image", picture] * 7)
     assert "max_new_tokens: got 0" in generate("--image", picture, "--max-new-tokens", 0)

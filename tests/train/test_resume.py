@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,19 +78,23 @@ def test_killed_from_outside_at_some_moment(tmp_path, undisturbed):
     assert_same_run(folder, undisturbed)
 
 
-@pytest.fixture
-def stopped(tmp_path):
-    """A run of ten steps that stopped after five, checkpoints at 2 and 4; and how to continue it."""
-    out = tmp_path / "run"
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("interrupted") / "run"
 
-    def stop_at(record):
-        if record["step"] == stop:
+    def stop(record):
+        if record["step"] == 5:
             raise KeyboardInterrupt
 
-    stop = 5
     with pytest.raises(KeyboardInterrupt):
-        train(Run(steps=10, batch=1), out, save_every=2, observe=stop_at)
+        train(Run(steps=10, batch=1), out, save_every=2, observe=stop)
     return out
+
+
+@pytest.fixture
+def stopped(interrupted, tmp_path):
+    """A run of ten steps that stopped after five, with checkpoints at 2 and 4: a copy of its folder."""
+    return shutil.copytree(interrupted, tmp_path / "run")
 
 
 def resume(out):
