@@ -31,8 +31,8 @@ def add(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "bench",
         help="time every op against what users can write today",
-        description="Judges every row's outputs and gradients, then times ours and its peers in turn. A full run files its table, "
-        "plots and page under benchmarks/results/<device>, a partial one under build/bench. Lists are comma-separated.",
+        description="Judges every row's outputs and gradients, then times ours and its peers in turn. A full run files its "
+        "table, plots and page under benchmarks/results/<device>, a partial one under build/bench. Lists are comma-separated.",
         epilog="example: mmkernels bench --op interval_attention --dtype float32 --peers eager,sdpa,segments",
     )
     for name, (_, text) in LISTS.items():
