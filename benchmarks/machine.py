@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import cpu_clock, significant
+from benchmarks.measure import CudaClock, cpu_clock, significant
 from mmkernels import _native, _version
 
 ROOT = Path(__file__).parents[1]
@@ -106,21 +106,11 @@ def _copy(device: str, moved: int) -> float:
 
 
 def _best(function: Any, device: str) -> float:
-    """Seconds of the best of several calls: the machine at its fastest is the floor."""
+    """Seconds of the best of several calls, the more the shorter they are: the machine at its fastest is the floor."""
+    clock = cpu_clock if device == "cpu" else CudaClock(flush=False)
     function()
-    times = []
-    for _ in range(5):
-        if device == "cuda":
-            torch.cuda.synchronize()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            function()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
-        else:
-            times.append(cpu_clock(function, 1))
-    return min(times)
+    once = clock(function, 1)
+    return min(clock(function, 1) for _ in range(max(5, min(200, int(0.05 / max(once, 1e-6))))))
 
 
 def rates(device: str, dtypes: list[torch.dtype]) -> dict[str, float]:

@@ -40,8 +40,8 @@ class CudaClock:
 
     FLUSH = 256 << 20
 
-    def __init__(self) -> None:
-        self.flush = torch.empty(self.FLUSH, dtype=torch.int8, device="cuda")
+    def __init__(self, *, flush: bool = True) -> None:
+        self.flush = torch.empty(self.FLUSH if flush else 0, dtype=torch.int8, device="cuda")
 
     def __call__(self, function: Function, calls: int) -> float:
         pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]

@@ -1,6 +1,6 @@
 """Interval attention backward: dQ by query tiles, dK and dV by key tiles. No atomics, every sum in a fixed order.
 
-Scores are in the unit of forward.py.
+Scores are in the base of forward.py.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ import triton.language as tl
 
 from mmkernels.primitives import _tiles
 from mmkernels.primitives.interval_attention.triton.forward import (
-    LOG2E,
     dropout_state,
     hull,
     interval,
     kept,
     next_run,
+    power,
     scores,
     share_of,
+    unit,
 )  # fmt: skip
 
 GROUP = tl.constexpr(64)  # query tiles in a group: a set of them is one uint64
@@ -25,15 +26,15 @@ GROUP = tl.constexpr(64)  # query tiles in a group: a set of them is one uint64
 
 @triton.jit
 def backward_q(
-    dout, dlse, q, k, v, out, lse, lo, hi, uniform, slopes, seed, dq, norm, delta,
+    dout, dlse, q, k, v, out, lse, lo, hi, uniform, slopes, seed, dq, norm, delta, gain,
     do_b, do_t, do_h, q_b, q_t, q_h, k_b, k_j, k_g, v_b, v_j, v_g,
     Tq, Tk, H, R, rows_all, scale, scale2, rescale, threshold,
     D: tl.constexpr, PARTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
-    UNIT: tl.constexpr,
+    NATURAL: tl.constexpr,
 ):  # fmt: skip
     """dq = scale ds k with ds = p (dp - delta), over the same tiles as forward. Leaves what `backward_kv` needs of every row,
-    [B, G, rows padded to tiles]: norm = lse in the scores' unit, 0 where nothing is seen, and delta = <dout, out> - dlse,
-    infinite where the row gives q and k no gradient."""
+    [B, G, rows padded to tiles]: norm = lse in the scores' base, 0 where nothing is seen, and delta = <dout, out> - dlse,
+    infinite where the row gives q and k no gradient. For float32 also gain = 1 / sum p, which undoes the rounding of lse."""
     # Who am I: as in forward.
     tiles = tl.cdiv(Tq * R, M)
     pid, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
@@ -52,7 +53,7 @@ def backward_q(
     shift = _tiles.row_sums(grads, _tiles.load(out, row * D, inside, D, PARTS))
     if dlse is not None:
         shift -= tl.load(dlse + at_lse, mask=inside, other=0.0)
-    base = tl.load(lse + at_lse, mask=inside, other=0.0) * (LOG2E / UNIT)
+    base = tl.load(lse + at_lse, mask=inside, other=0.0) * unit(NATURAL)
     base = tl.where(base == float("-inf"), 0.0, base)
     if dlse is None:  # with one key p is 1 and has no gradient, which rounding must not deny
         alone = high - low == 1
@@ -62,7 +63,7 @@ def backward_q(
     tl.store(norm + at_row, base, mask=r * 0 == split)
     slope, drop = None, None
     if slopes is not None:
-        slope = tl.load(slopes + h, mask=inside, other=0.0).to(tl.float32) * (LOG2E / UNIT)
+        slope = tl.load(slopes + h, mask=inside, other=0.0).to(tl.float32) * unit(NATURAL)
     if seed is not None:
         drop = dropout_state(seed, row)
     if SPLITS > 1:
@@ -71,7 +72,7 @@ def backward_q(
 
     # Loop over the runs of keys that rows see.
     k, v = k + wide_b * k_b + wide_g * k_g, v + wide_b * v_b + wide_g * v_g
-    acc = _tiles.zeros(M, PARTS)
+    acc, total = _tiles.zeros(M, PARTS), tl.zeros([M], tl.float32)
     while start < limit:
         start, stop = next_run(low, high, start, limit, whole)
         for k0 in range(start, stop, N):
@@ -80,7 +81,9 @@ def backward_q(
             values = _tiles.load(v, j.to(tl.int64) * v_j, j < stop, D, PARTS)
             inner = (k0 >= core0) & (k0 + N <= core1)
             s = scores(queries, keys, j, stop, low, high, None, slope, scale2, inner, PRECISION)
-            p = tl.exp2((s - base[:, None]) * UNIT)
+            p = power(s - base[:, None], NATURAL)
+            if gain is not None:
+                total += tl.sum(p, 1)
             dp = _tiles.inner(grads, values, PRECISION)
             if drop is not None:
                 dp = tl.where(kept(drop[:, None], j[None, :], threshold), dp * rescale, 0.0)
@@ -88,7 +91,12 @@ def backward_q(
         start = stop
 
     # Write.
-    acc = _tiles.where(high > low, _tiles.scaled(acc, tl.full([M], scale, tl.float32)))
+    factor = tl.full([M], scale, tl.float32)
+    if gain is not None:
+        inverse = 1.0 / tl.where(high > low, total, 1.0)
+        factor *= inverse
+        tl.store(gain + at_row, inverse)
+    acc = _tiles.where(high > low, _tiles.scaled(acc, factor))
     _tiles.store(dq, (split.to(tl.int64) * rows_all + row) * D, inside, acc, D, PARTS)
 
 
@@ -134,7 +142,7 @@ def meeting(hulls, plane, first, n, k0, k1, split, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def weights(s, norm, shift, j, lo, hi, at, ok, inner, Tk, UNIT: tl.constexpr):
+def weights(s, norm, shift, j, lo, hi, at, ok, inner, Tk, NATURAL: tl.constexpr):
     """p [keys, rows] from scores. In a tile that is not inside all rows: 0 where a row does not see a key, and rows whose
     scores have no gradient score 0, which is what `norm` stands for."""
     if not inner:
@@ -142,16 +150,16 @@ def weights(s, norm, shift, j, lo, hi, at, ok, inner, Tk, UNIT: tl.constexpr):
         high = tl.minimum(tl.load(hi + at, mask=ok, other=0), Tk)
         s = tl.where((shift == float("inf"))[None, :], 0.0, s)
         s = tl.where((j[:, None] >= low[None, :]) & (j[:, None] < high[None, :]), s, float("-inf"))
-    return tl.exp2((s - norm[None, :]) * UNIT)
+    return power(s - norm[None, :], NATURAL)
 
 
 @triton.jit
 def backward_kv(
-    dout, q, k, v, norm, delta, lo, hi, uniform, slopes, seed, tile_hulls, tile_sets, group_hulls, dk, dv,
+    dout, q, k, v, norm, delta, gain, lo, hi, uniform, slopes, seed, tile_hulls, tile_sets, group_hulls, dk, dv,
     do_b, do_t, do_h, q_b, q_t, q_h, k_b, k_j, k_g, v_b, v_j, v_g,
     B, Tq, Tk, H, R, tiles, groups, padded, keys_all, scale, scale2, rescale, threshold,
     D: tl.constexpr, PARTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
-    UNIT: tl.constexpr,
+    NATURAL: tl.constexpr,
 ):  # fmt: skip
     """dv = p^T dout, dk = scale ds^T q for the keys of one tile, from the query tiles whose hulls meet it."""
     # Who am I: split s of a key tile takes every SPLITS-th query tile, so a run of them is shared evenly.
@@ -173,7 +181,7 @@ def backward_kv(
         group_hulls + wide_b * groups,
     )
     step = B * tiles
-    norm, delta = norm + bg.to(tl.int64) * padded, delta + bg.to(tl.int64) * padded
+    first_row = bg.to(tl.int64) * padded
 
     # Loop over the query tiles that meet these keys, group by group.
     acc_k, acc_v = _tiles.zeros(N, PARTS), _tiles.zeros(N, PARTS)
@@ -197,15 +205,17 @@ def backward_kv(
                 learns, sees = _tiles.contains(learning, M), _tiles.contains(some, M)
                 queries = _tiles.load(q, t.to(tl.int64) * q_t + h.to(tl.int64) * q_h, learns, D, PARTS)
                 grads = _tiles.load(dout, t.to(tl.int64) * do_t + h.to(tl.int64) * do_h, sees, D, PARTS)
-                lane = i.to(tl.int64) * M + tl.arange(0, M)
+                lane = first_row + i * M + tl.arange(0, M)
 
                 s = _tiles.inner(keys, queries, PRECISION) * scale2  # [keys, rows]
                 if slopes is not None:
                     last = tl.minimum(tl.load(hi + row_b + t, mask=t < Tq, other=0), Tk) - 1
-                    slope = tl.load(slopes + h, mask=t < Tq, other=0.0).to(tl.float32) * (LOG2E / UNIT)
+                    slope = tl.load(slopes + h, mask=t < Tq, other=0.0).to(tl.float32) * unit(NATURAL)
                     s += slope[None, :] * (j[:, None] - last[None, :]).to(tl.float32)
                 base, shift = tl.load(norm + lane), tl.load(delta + lane)
-                p = weights(s, base, shift, j, lo, hi, row_b + t, t < Tq, inner, Tk, UNIT)
+                p = weights(s, base, shift, j, lo, hi, row_b + t, t < Tq, inner, Tk, NATURAL)
+                if gain is not None:
+                    p *= tl.load(gain + lane)[None, :]
                 dp = _tiles.inner(values, grads, PRECISION)
                 dropped = p
                 if seed is not None:

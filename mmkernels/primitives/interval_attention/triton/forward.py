@@ -1,7 +1,7 @@
 """Interval attention forward: the kernel that attends and the one that joins the splits of long key runs.
 
-Scores are in powers of 2^UNIT. 16-bit inputs take base 2 (UNIT = 1); float32 takes base e (UNIT = log2 e), because rounding lse
-once more, from base 2, would show in every probability of the row in backward.
+16-bit inputs score in base 2, one multiplication less for every key. float32 is NATURAL, in base e: rounding lse once more, from
+base 2, would show in every probability of the row in backward.
 """
 
 from __future__ import annotations
@@ -11,8 +11,18 @@ import triton.language as tl
 
 from mmkernels.primitives import _tiles
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = 1.4426950408889634
+
+
+@triton.constexpr_function
+def unit(natural):
+    """What a score in base e is multiplied by."""
+    return 1.0 if natural else LOG2E
+
+
+@triton.jit
+def power(x, NATURAL: tl.constexpr):
+    return tl.exp(x) if NATURAL else tl.exp2(x)
 
 
 @triton.jit
@@ -102,7 +112,7 @@ def forward(
     q_b, q_t, q_h, k_b, k_j, k_g, v_b, v_j, v_g,
     Tq, Tk, H, R, rows_all, scale, rescale, threshold,
     D: tl.constexpr, PARTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
-    UNIT: tl.constexpr,
+    NATURAL: tl.constexpr,
 ):  # fmt: skip
     """Rows of a tile are (token r // R, head r % R of key head g); R = H / G heads share the keys they read."""
     # Who am I: neighbours in the grid share keys; later tiles first, for causal rows they are the longest.
@@ -124,7 +134,7 @@ def forward(
         flat = tl.load(uniform + wide_b * Tq + t, mask=inside, other=0) != 0
         core1 = tl.where(tl.max(flat.to(tl.int32), 0) > 0, 0, core1)  # a uniform row makes every tile partial
     if slopes is not None:
-        slope = tl.load(slopes + h, mask=inside, other=0.0).to(tl.float32) * (LOG2E / UNIT)
+        slope = tl.load(slopes + h, mask=inside, other=0.0).to(tl.float32) * unit(NATURAL)
     if seed is not None:
         drop = dropout_state(seed, row)
     if SPLITS > 1:
@@ -147,7 +157,7 @@ def forward(
             s = scores(queries, keys, j, stop, low, high, flat, slope, scale, inner, PRECISION)
             new = tl.maximum(top, tl.max(s, 1))
             base = tl.where(new == float("-inf"), 0.0, new)
-            p, fade = tl.exp2((s - base[:, None]) * UNIT), tl.exp2((top - base) * UNIT)
+            p, fade = power(s - base[:, None], NATURAL), power(top - base, NATURAL)
             top, total = new, total * fade + tl.sum(p, 1)
             if drop is not None:
                 p = tl.where(kept(drop[:, None], j[None, :], threshold), p, 0.0)
@@ -162,9 +172,7 @@ def forward(
     acc = _tiles.where(seen, _tiles.scaled(acc, rescale / total))
     _tiles.store(out, (past + row) * D, inside, acc, D, PARTS)
     at_lse = past + (wide_b * H + h) * Tq + t
-    tl.store(
-        lse + at_lse, tl.where(seen, top * (UNIT * LN2) + tl.log2(total) * LN2, float("-inf")), mask=inside
-    )
+    tl.store(lse + at_lse, tl.where(seen, top / unit(NATURAL) + tl.log(total), float("-inf")), mask=inside)
 
 
 @triton.jit

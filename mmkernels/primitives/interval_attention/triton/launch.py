@@ -12,7 +12,6 @@ from mmkernels.primitives import _triton
 from mmkernels.primitives.interval_attention.triton import backward as _backward
 from mmkernels.primitives.interval_attention.triton import forward as _forward
 
-LOG2E = 1.4426950408889634
 Tile = tuple[int, int, int, int]  # query rows M, keys N, warps, pipeline stages
 
 # Widest head, bits of the dtype -> tiles, most query rows first; the last one is for decoding. Not yet measured on a device:
@@ -60,8 +59,13 @@ def constants(width: int, dtype: torch.dtype, interpreted: bool = False) -> dict
     """What a kernel is compiled for. float32 operands are cut into three bfloat16 pieces and multiplied by six products on the
     tensor cores, which is no less exact than a chain of float32 multiply-adds; their scores are in base e (forward.py)."""
     wide = "ieee" if interpreted else "bf16x6"  # the interpreter's float32 products are float32's
-    precision, unit = (wide, LOG2E) if dtype == torch.float32 else ("tf32", 1.0)
-    return {"D": width, "PARTS": _triton.parts(width), "PRECISION": precision, "UNIT": unit}
+    natural = dtype == torch.float32
+    return {
+        "D": width,
+        "PARTS": _triton.parts(width),
+        "PRECISION": wide if natural else "tf32",
+        "NATURAL": natural,
+    }
 
 
 class Call:
@@ -79,7 +83,7 @@ class Call:
             self.b * g,
         )  # query heads to a key head; key heads of all batch rows
         self.units, self.constants = _triton.facts(q)[1], constants(self.d, q.dtype, not q.is_cuda)
-        self.scale, self.unit_scale = scale, scale * LOG2E / self.constants["UNIT"]
+        self.scale, self.unit_scale = scale, scale * _forward.unit(self.constants["NATURAL"])
         self.dropout = (1.0 / (1.0 - p), int(p * 4294967296.0))
 
     def tile(self, table: dict[tuple[int, int], tuple[Tile, ...]]) -> Tile:
@@ -136,29 +140,33 @@ def backward(
         return dq.zero_(), dk.zero_(), dv.zero_()
     c, dout = Call(q, k, v, *rules), _triton.unit_rows(dout)
     with torch.cuda.device_of(q):
-        m = c.tile(BACKWARD_Q)[0]
-        norm, delta = lse.new_empty((2, c.stacks, triton.cdiv(c.tq * c.r, m) * m))
         dlse = None if dlse is None else dlse.contiguous()
-        _backward_q(c, (dout, dlse, out.contiguous(), lse.contiguous()), dq, norm, delta)
-        _backward_kv(c, dout, norm, delta, dk, dv)
+        facts = _backward_q(c, (dout, dlse, out.contiguous(), lse.contiguous()), dq)
+        _backward_kv(c, dout, facts, dk, dv)
     return dq, dk, dv
 
 
-def _backward_q(c: Call, given: tuple[Any, ...], dq: Tensor, norm: Tensor, delta: Tensor) -> None:
+def _backward_q(c: Call, given: tuple[Any, ...], dq: Tensor) -> tuple[Any, ...]:
+    """Fills dq and returns what `_backward_kv` needs of every row: norm, delta, gain (float32, where one program sees the
+    whole row)."""
     dout, dlse, out, lse = given
     m, n, warps, stages = c.tile(BACKWARD_Q)
-    programs = norm.numel() // m
+    padded = triton.cdiv(c.tq * c.r, m) * m
+    programs = c.stacks * padded // m
     splits = splits_for(programs, triton.cdiv(c.tk, n), c.units)
+    norm, delta, gain = lse.new_empty((3, c.stacks, padded))
+    gain = gain if c.constants["NATURAL"] and splits == 1 else None
     part = _workspace(dq, splits)
     _backward.backward_q[(programs * splits,)](
-        dout, dlse, c.q, c.k, c.v, out, lse, *c.rows, part, norm, delta, *dout.stride()[:3], *c.strides,
+        dout, dlse, c.q, c.k, c.v, out, lse, *c.rows, part, norm, delta, gain, *dout.stride()[:3], *c.strides,
         c.tq, c.tk, c.h, c.r, c.b * c.tq * c.h, c.scale, c.unit_scale, *c.dropout,
         M=m, N=n, SPLITS=splits, num_warps=warps, num_stages=stages, **c.constants,
     )  # fmt: skip
     _add_splits(part, dq, splits)
+    return norm, delta, gain
 
 
-def _backward_kv(c: Call, dout: Tensor, norm: Tensor, delta: Tensor, dk: Tensor, dv: Tensor) -> None:
+def _backward_kv(c: Call, dout: Tensor, facts: tuple[Any, ...], dk: Tensor, dv: Tensor) -> None:
     m, n, warps, stages = c.tile(BACKWARD_KV)
     tiles = triton.cdiv(c.tq * c.r, m)
     groups = triton.cdiv(tiles, 64)
@@ -175,8 +183,8 @@ def _backward_kv(c: Call, dout: Tensor, norm: Tensor, delta: Tensor, dk: Tensor,
     splits = splits_for(programs, tiles, c.units)
     part_k, part_v = _workspace(dk, splits), _workspace(dv, splits)
     _backward.backward_kv[(programs * splits,)](
-        dout, c.q, c.k, c.v, norm, delta, *c.rows, hulls, sets, group_hulls, part_k, part_v,
-        *dout.stride()[:3], *c.strides, c.b, c.tq, c.tk, c.h, c.r, tiles, groups, norm.shape[1], c.tk * c.stacks,
+        dout, c.q, c.k, c.v, *facts, *c.rows, hulls, sets, group_hulls, part_k, part_v,
+        *dout.stride()[:3], *c.strides, c.b, c.tq, c.tk, c.h, c.r, tiles, groups, facts[0].shape[1], c.tk * c.stacks,
         c.scale, c.unit_scale, *c.dropout,
         M=m, N=n, SPLITS=splits, num_warps=warps, num_stages=stages, **c.constants,
     )  # fmt: skip
