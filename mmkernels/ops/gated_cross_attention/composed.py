@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_SUM_ROWS = 128
 _CPU_CHUNK = 1024  # rows: products of 256 have run at half the speed
 
 
@@ -74,20 +75,30 @@ def _norm_backward(dn: Tensor, x: Tensor, norm: Norm, mean: Tensor, rstd: Tensor
     ]
 
 
+def _gated(w_out: Tensor, t: Tensor) -> tuple[Tensor, float]:
+    """The output weight for products and the factor they still take: a gate of one number costs no pass over the weight on CPU,
+    where reading it makes nobody wait."""
+    operand = _operand(w_out)
+    if operand.device.type == "cpu" and t.numel() == 1:
+        return operand, float(t)
+    return (operand * t.unsqueeze(-1)).to(operand.dtype), 1.0
+
+
 def _project_out(x: Tensor, inner: Callable[[slice], Tensor], w_out: Tensor, gate: Tensor) -> Tensor:
     """x + tanh(gate) * (inner w_out^T) in x's dtype; `inner` gives its rows."""
-    wide, operand, y = torch.promote_types(x.dtype, torch.float32), _operand(w_out), torch.empty_like(x)
+    wide, y = torch.promote_types(x.dtype, torch.float32), torch.empty_like(x)
     t = torch.tanh(gate.to(wide))
-    if operand.dtype == wide:  # with the gate in the weight, the product itself adds to x
-        scaled = (operand * t.unsqueeze(-1)).t()
+    if _operand(w_out).dtype == wide:  # the product itself multiplies by the gate and adds to x
+        operand, alpha = _gated(w_out, t)
         for rows in _chunks(x):
-            out = y[rows] if x.dtype == wide else None
-            total = torch.addmm(x[rows].to(wide), inner(rows).to(wide), scaled, out=out)
-            if out is None:
-                y[rows] = total
+            terms = (x[rows].to(wide), inner(rows).to(wide), operand.t())
+            if x.dtype == wide:
+                torch.addmm(*terms, alpha=alpha, out=y[rows])
+            else:
+                y[rows] = torch.addmm(*terms, alpha=alpha)
         return y
     for rows in _chunks(x):
-        branch = torch.mm(inner(rows).to(operand.dtype), operand.t())
+        branch = torch.mm(inner(rows).to(w_out.dtype), w_out.t())
         y[rows] = torch.addcmul(x[rows].to(wide), t, branch.to(wide))
     return y
 
@@ -139,14 +150,16 @@ def backward(core: Core, dy: Tensor, x: Tensor, k: Tensor, v: Tensor, *rest: Any
 
 def _gate_backward(dy: Tensor, inner: Tensor, w_out: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dw_out, dgate and d inner (in inner's dtype) for y = x + tanh(gate) * (inner w_out^T)."""
-    wide, operand = torch.promote_types(w_out.dtype, torch.float32), _operand(w_out)
+    wide = torch.promote_types(w_out.dtype, torch.float32)
     t = torch.tanh(gate.to(wide))
+    operand, alpha = _gated(w_out, t)
     dy = dy.to(operand.dtype)
     u = torch.mm(dy.t(), inner.to(operand.dtype)).to(wide)
-    dgate = (1 - t * t) * (u * w_out).sum(1)
+    parts = zip(u.split(_SUM_ROWS), w_out.split(_SUM_ROWS), strict=True)  # of a size that stays in cache
+    dgate = (1 - t * t) * torch.cat([(a * b).sum(1) for a, b in parts])
     dgate = dgate if gate.numel() > 1 else dgate.sum().view_as(gate)
-    scaled = (operand * t.unsqueeze(-1)).to(operand.dtype)  # the gate goes to the smaller operand
-    return (t.unsqueeze(-1) * u).to(w_out.dtype), dgate.to(gate.dtype), torch.mm(dy, scaled).to(inner.dtype)
+    dinner = torch.addmm(inner.new_empty((), dtype=operand.dtype), dy, operand, beta=0, alpha=alpha)
+    return u.mul_(t.unsqueeze(-1)).to(w_out.dtype), dgate.to(gate.dtype), dinner.to(inner.dtype)
 
 
 def _input_backward(
@@ -154,17 +167,17 @@ def _input_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dw_in, dweight, dbias for h = norm(x) w_in^T beside the residual y = x + ..."""
     wide, operand = torch.promote_types(x.dtype, torch.float32), _operand(w_in)
-    dx, dw_in = torch.empty_like(x), torch.zeros_like(w_in, dtype=operand.dtype)
+    dx, dw_in = torch.empty_like(x), torch.empty_like(w_in, dtype=operand.dtype)
     dweight, dbias = (norm.weight.new_zeros(x.shape[1], dtype=wide) for _ in range(2))
     for rows in _chunks(x):
         part, d = x[rows].to(wide), dh[rows].to(operand.dtype)
         unit = (part - mean[rows].unsqueeze(1)).mul_(rstd[rows].unsqueeze(1))
-        dw_in.addmm_(d.t(), _affine(unit, norm).to(operand.dtype))
+        dw_in.addmm_(d.t(), _affine(unit, norm).to(operand.dtype), beta=1 if rows.start else 0)
         dn = torch.mm(d, operand).to(wide)
         dweight += unit.mul_(dn).sum(0)
         dbias += dn.sum(0)
         dx[rows] = _norm_backward(dn, part, norm, mean[rows], rstd[rows]).add_(dy[rows])
-    return dx, dw_in.to(w_in.dtype), dweight, dbias
+    return dx, dw_in.to(w_in.dtype) if len(x) else dw_in.zero_().to(w_in.dtype), dweight, dbias
 
 
 def feed_forward(
