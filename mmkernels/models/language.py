@@ -38,8 +38,23 @@ def _llama(width: int, heads: int, layers: int, hidden: int) -> DecoderConfig:
     return DecoderConfig("llama", block, layers, vocab=32_000)
 
 
+def _opt(width: int, heads: int, layers: int) -> DecoderConfig:
+    """Meta's OPT: learned positions whose first two rows are never read, ReLU, biases, the head is the embedding."""
+    return DecoderConfig(
+        "opt",
+        BlockConfig(width, heads, 4 * width, activation="relu"),
+        layers,
+        vocab=50_272,
+        positions="learned",
+        position_offset=2,
+        tied=True,
+    )
+
+
 MPT_1B = _mpt(2048, 16, 24, qk_norm="full")
 MPT_7B = _mpt(4096, 32, 32)
 REDPAJAMA_3B = DecoderConfig("gpt_neox", BlockConfig(2560, 32, 10_240), layers=32, vocab=50_432)
 LLAMA_7B = _llama(4096, 32, 32, 11_008)
+OPT_2_7B = _opt(2560, 32, 32)
+OPT_6_7B = _opt(4096, 32, 32)
 TINY = replace(_mpt(128, 4, 4), vocab=512)
