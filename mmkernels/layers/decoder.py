@@ -87,7 +87,8 @@ class Decoder(nn.Module):
 
     `special` are token ids whose embedding rows live apart, in `special_rows`, and can be trained while the table is frozen:
     the frozen table is then never touched by an optimizer, not even by its weight decay. With a tied head they answer for
-    these tokens' logits too. Published weights load with the source "mpt", "gpt_neox", "llama" or "opt".
+    these tokens' logits too. Published weights load with the names of `sources`; Mistral, Yi, InternLM, StableLM and
+    Qwen2 files are laid out as "llama".
     """
 
     sources = tuple(LAYOUTS)

@@ -8,6 +8,7 @@ import torch
 from mmkernels import weights
 from mmkernels.layers import T5, T5Config
 from mmkernels.models import seq2seq
+from mmkernels.models.language import FLAN_T5_XL, FLAN_T5_XXL
 
 transformers = pytest.importorskip("transformers")
 TOLERANCE = {torch.float64: 3e-6, torch.float32: 5e-5}  # theirs takes norms in float32
@@ -75,6 +76,24 @@ def test_loss():
     logits = ours.decode(seq2seq.decoder_inputs(labels), ours.encode(x, mask), mask)
     expected = theirs(inputs_embeds=x, attention_mask=mask.long(), labels=labels).loss
     torch.testing.assert_close(seq2seq.target_loss(logits, labels), expected.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("preset", "sizes"),
+    [
+        (FLAN_T5_XL, {"d_model": 2048, "d_ff": 5120, "num_heads": 32}),
+        (FLAN_T5_XXL, {"d_model": 4096, "d_ff": 10_240, "num_heads": 64}),
+    ],
+    ids=["xl", "xxl"],
+)
+def test_presets_have_the_published_number_of_parameters(preset, sizes):
+    config = transformers.T5Config(
+        **sizes, vocab_size=32_128, d_kv=64, num_layers=24, feed_forward_proj="gated-gelu"
+    )
+    with torch.device("meta"):
+        ours, theirs = T5(preset), transformers.T5ForConditionalGeneration(config)
+    head = theirs.shared.weight.numel()  # FlanT5 files have one of their own
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters()) + head
 
 
 @pytest.mark.parametrize("both_ways", [True, False])
