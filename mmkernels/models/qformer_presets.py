@@ -71,7 +71,7 @@ INTERNLM_7B = replace(
     block=replace(language.LLAMA_7B.block, eps=1e-5, qkv_bias=True, out_bias=True),
 )
 QUERIES = QFormerConfig(vocab=0)  # what stage 2 keeps
-READERS = QFormerConfig()
+READERS = QFormerConfig(text_head=False)  # of instructions
 
 
 def _blip2(lm: DecoderConfig) -> Blip2Config:
@@ -117,6 +117,10 @@ _ROTARY_TOWERS = replace(
 )
 _TINY_STAGE1 = replace(STAGE1, learning_rate=1e-3, warmup=0.1, steps=250)
 _TINY_STAGE2 = replace(STAGE2, learning_rate=2e-3, floor=1e-3, warmup=0.1, steps=150)
+_TINY_INSTRUCT = replace(INSTRUCT, learning_rate=2e-3, warmup=0.1, steps=300)
+_TINY_XCOMPOSER = replace(
+    _XCOMPOSER, losses={"captions": 1.0}, mix={"captions": 1.0}, learning_rate=2e-3, warmup=0.1, steps=300
+)
 
 QFORMER_MODELS = {
     "blip2-opt-2.7b": _blip2(language.OPT_2_7B),
@@ -132,12 +136,12 @@ QFORMER_MODELS = {
         heads=HeadsConfig(embed=64, bos=512),
     ),
     "instructblip-tiny": Blip2Config(
-        _TINY_VISION, _TINY_QFORMER, _TINY_LLAMA, _TINY, (_ROTARY_TOWERS, replace(INSTRUCT, learning_rate=2e-3, warmup=0.1, steps=300)), instruct=True,
+        _TINY_VISION, replace(_TINY_QFORMER, text_head=False), _TINY_LLAMA, _TINY, (_ROTARY_TOWERS, _TINY_INSTRUCT),
+        instruct=True,
     ),
     "xcomposer-tiny": Blip2Config(
         _TINY_VISION, replace(_TINY_QFORMER, vocab=0, num_query=12), _TINY_INTERNLM, _TINY,
-        (_ROTARY_TOWERS, replace(_XCOMPOSER, losses={"captions": 1.0}, mix={"captions": 1.0}, learning_rate=2e-3, warmup=0.1,
-                                 steps=300)),
+        (_ROTARY_TOWERS, _TINY_XCOMPOSER),
         flags=True, wide_norm=False,
     ),
 }  # fmt: skip
