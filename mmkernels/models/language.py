@@ -1,10 +1,11 @@
-"""The language models under the families, as configs of the one decoder."""
+"""The language models under the families, as configs of the one decoder and of T5."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from mmkernels.layers.decoder import BlockConfig, DecoderConfig
+from mmkernels.layers.t5 import T5Config
 
 
 def _mpt(width: int, heads: int, layers: int, qk_norm: str | None = None) -> DecoderConfig:
@@ -57,4 +58,6 @@ REDPAJAMA_3B = DecoderConfig("gpt_neox", BlockConfig(2560, 32, 10_240), layers=3
 LLAMA_7B = _llama(4096, 32, 32, 11_008)
 OPT_2_7B = _opt(2560, 32, 32)
 OPT_6_7B = _opt(4096, 32, 32)
+FLAN_T5_XL = T5Config(2048, 64, 32, 5120, layers=24, decoder_layers=24, vocab=32_128)
+FLAN_T5_XXL = T5Config(4096, 64, 64, 10_240, layers=24, decoder_layers=24, vocab=32_128)
 TINY = replace(_mpt(128, 4, 4), vocab=512)
