@@ -12,6 +12,8 @@ from mmkernels.data.images import ImageError as ImageError
 from mmkernels.data.sequences import Batch as Batch
 from mmkernels.data.sequences import Sequences as Sequences
 from mmkernels.data.tokenizer import Tokenizer as Tokenizer
+from mmkernels.data.videos import VideoBatch as VideoBatch
+from mmkernels.data.videos import Videos as Videos
 
 _BUILDERS: dict[str, Callable[[], Dataset]] = {"digits": digits.build, "stamps": stamps.build}
 

@@ -9,6 +9,7 @@ from mmkernels.layers.vision import CLIP_L, VisionConfig
 from mmkernels.models import language
 from mmkernels.models.base import Tokens
 from mmkernels.models.flamingo import CrossConfig, FlamingoConfig, ResamplerConfig
+from mmkernels.models.llama_vid_presets import LLAMA_VID
 from mmkernels.models.qformer_presets import QFORMER_MODELS
 from mmkernels.models.stages import Stage
 
@@ -54,7 +55,7 @@ def _flamingo(lm: DecoderConfig, every: int, stage: Stage = _OPEN_FLAMINGO) -> F
     return FlamingoConfig(CLIP_L, replace(lm, vocab=_VOCAB), CrossConfig(every), _GPT_NEOX, (stage,))
 
 
-PRESETS = QFORMER_MODELS | {
+PRESETS = LLAMA_VID | QFORMER_MODELS | {
     "flamingo-3b": _flamingo(language.MPT_1B, every=1),
     "flamingo-4b": _flamingo(language.REDPAJAMA_3B, every=2),
     "flamingo-9b": _flamingo(language.MPT_7B, every=4),
