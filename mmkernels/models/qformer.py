@@ -19,6 +19,8 @@ from mmkernels.layers.vision import VisionConfig, VisionTower
 from mmkernels.models.base import Cache, MultimodalModel, Output, Tokens
 from mmkernels.models.qformer_batches import expand_images as expand_images
 from mmkernels.models.qformer_batches import instruction_batch as instruction_batch
+from mmkernels.models.qformer_batches import instruction_labels as instruction_labels
+from mmkernels.models.qformer_batches import turn_labels as turn_labels
 from mmkernels.models.qformer_stage1 import HeadsConfig, Stage1Heads, Stage1Losses, VisionNorm
 from mmkernels.models.qformer_stage1 import Stage1 as Stage1
 from mmkernels.models.qformer_stage1 import Stage1Config as Stage1Config

@@ -62,9 +62,7 @@ _XCOMPOSER_SFT = replace(
 )
 
 VICUNA_7B = replace(language.LLAMA_7B, vocab=32_001)
-VICUNA_13B = replace(
-    VICUNA_7B, layers=40, block=replace(VICUNA_7B.block, width=5120, heads=40, hidden=13_824)
-)
+VICUNA_13B = replace(language.LLAMA_13B, vocab=32_001)
 INTERNLM_7B = replace(
     language.LLAMA_7B,
     vocab=103_168,
@@ -103,20 +101,20 @@ _TINY_INTERNLM = replace(
 )
 _TINY_LLAMA = replace(_TINY_INTERNLM, block=replace(_TINY_INTERNLM.block, qkv_bias=False, out_bias=False))
 _TOWERS = Stage(
-    "towers",  # no published part is this small: the tower learns to name pictures, the language model to write captions
+    "towers",  # no published part is this small: the tower learns to name pictures, the language model to write what it is told
     trainable=("vision.*", "lm.embedding.*", "lm.position_embedding.*", "lm.blocks.*", "lm.norm.*"),
-    losses={"pictures": 1.0, "text": 1.0},
-    mix={"pictures": 4.0, "text": 1.0},
+    losses={"pictures": 1.0, "echo": 1.0},
+    mix={"pictures": 4.0, "echo": 2.0},
     learning_rate=2e-3,
     schedule="cosine",
     warmup=0.2,
-    steps=200,
+    steps=250,
 )
 _ROTARY_TOWERS = replace(
     _TOWERS, trainable=("vision.*", "lm.embedding.*", "lm.blocks.*", "lm.norm.*", "lm.head.*")
 )
-_TINY_STAGE1 = replace(STAGE1, learning_rate=1e-3, warmup=0.1, steps=250)
-_TINY_STAGE2 = replace(STAGE2, learning_rate=2e-3, floor=1e-3, warmup=0.1, steps=150)
+_TINY_STAGE1 = replace(STAGE1, learning_rate=2e-3, warmup=0.1, steps=300)
+_TINY_STAGE2 = replace(STAGE2, learning_rate=2e-3, floor=1e-4, warmup=0.1, steps=250)
 _TINY_INSTRUCT = replace(INSTRUCT, learning_rate=2e-3, warmup=0.1, steps=300)
 _TINY_XCOMPOSER = replace(
     _XCOMPOSER, losses={"captions": 1.0}, mix={"captions": 1.0}, learning_rate=2e-3, warmup=0.1, steps=300
