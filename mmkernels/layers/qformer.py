@@ -54,11 +54,11 @@ class QFormer(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        """BERT's: every matrix from N(0, 0.02), biases 0."""
-        nn.init.normal_(self.query_tokens, std=0.02)
+        """BERT's: every matrix from N(0, `std`), biases 0."""
+        nn.init.normal_(self.query_tokens, std=self.config.std)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=self.config.std)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 

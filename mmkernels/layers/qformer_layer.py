@@ -21,6 +21,7 @@ class QFormerConfig:
 
     `vocab=0` leaves out everything that only text needs: embeddings, the text feed-forwards and the language-model head, as
     BLIP-2's second stage and XComposer do; `text_head=False` the head alone, as InstructBLIP and LLaMA-VID do.
+    `std` is what matrices start from.
     """
 
     hidden: int = 768
@@ -35,6 +36,7 @@ class QFormerConfig:
     dropout: float = 0.1
     eps: float = 1e-12
     text_head: bool = True
+    std: float = 0.02
 
     @property
     def crossing(self) -> range:

@@ -21,10 +21,17 @@ from mmkernels.models.presets import PRESETS as _PRESETS
 from mmkernels.models.qformer import Blip2 as Blip2
 from mmkernels.models.qformer import Blip2Config as Blip2Config
 from mmkernels.models.qformer import rank_candidates as rank_candidates
+from mmkernels.models.qformer_seq2seq import Blip2Seq2Seq as Blip2Seq2Seq
+from mmkernels.models.qformer_seq2seq import Blip2Seq2SeqConfig as Blip2Seq2SeqConfig
 from mmkernels.models.stages import Stage as Stage
 
 Config = FlamingoConfig | LlamaVidConfig | Blip2Config
-_FAMILIES = {FlamingoConfig: Flamingo, LlamaVidConfig: LlamaVid, Blip2Config: Blip2}
+_FAMILIES = {
+    FlamingoConfig: Flamingo,
+    LlamaVidConfig: LlamaVid,
+    Blip2Config: Blip2,
+    Blip2Seq2SeqConfig: Blip2Seq2Seq,
+}
 
 
 def list() -> tuple[str, ...]:

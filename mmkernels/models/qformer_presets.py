@@ -6,16 +6,19 @@ from dataclasses import replace
 
 from mmkernels.layers.decoder import DecoderConfig
 from mmkernels.layers.qformer_layer import QFormerConfig
+from mmkernels.layers.t5 import T5Config
 from mmkernels.layers.vision import EVA_G, VisionConfig
 from mmkernels.models import language
 from mmkernels.models.base import Tokens
 from mmkernels.models.qformer import Blip2Config
+from mmkernels.models.qformer_seq2seq import Blip2Seq2SeqConfig
 from mmkernels.models.qformer_stage1 import QUERY_SIDE, STAGE1, HeadsConfig
 from mmkernels.models.stages import Stage
 
 # ids that the tokenizers never give stand for the places of media; OPT's texts end with a newline
 _OPT = Tokens(image=50_271, end_of_chunk=50_118, end_of_text=2, pad=1)
 _VICUNA = Tokens(image=0, end_of_chunk=2, end_of_text=2, pad=32_000)
+_FLAN_T5 = Tokens(image=32_100, end_of_chunk=1, end_of_text=1, pad=0)
 _INTERNLM = Tokens(image=103_167, end_of_chunk=103_028, end_of_text=2, pad=0)
 
 STAGE2 = Stage(
@@ -80,6 +83,14 @@ def _instruct(lm: DecoderConfig) -> Blip2Config:
     return Blip2Config(EVA_G, READERS, lm, _VICUNA, (INSTRUCT,), instruct=True)
 
 
+def _blip2_t5(lm: T5Config) -> Blip2Seq2SeqConfig:
+    return Blip2Seq2SeqConfig(EVA_G, QUERIES, lm, _FLAN_T5, (STAGE2,))
+
+
+def _instruct_t5(lm: T5Config) -> Blip2Seq2SeqConfig:
+    return Blip2Seq2SeqConfig(EVA_G, READERS, lm, _FLAN_T5, (INSTRUCT,), instruct=True)
+
+
 _TINY = Tokens(image=2, end_of_chunk=3, end_of_text=1, pad=0)
 _TINY_VISION = VisionConfig(
     image_size=32, patch_size=8, width=128, layers=2, heads=4, hidden=256, activation="gelu", eps=1e-6, pre_norm=False,
@@ -87,8 +98,17 @@ _TINY_VISION = VisionConfig(
 )  # fmt: skip
 # one id more than the tokenizer's: [DEC], which begins a text to write
 _TINY_QFORMER = QFormerConfig(
-    hidden=96, layers=4, heads=4, ffn=192, image_width=128, num_query=8, vocab=513, max_positions=32
-)
+    hidden=96,
+    layers=4,
+    heads=4,
+    ffn=192,
+    image_width=128,
+    num_query=8,
+    vocab=513,
+    max_positions=32,
+    dropout=0.0,
+    std=0.06,
+)  # narrow: matrices of the published 0.02 would hardly let the image through
 _TINY_OPT = replace(
     language.OPT_2_7B,
     block=replace(language.OPT_2_7B.block, width=128, heads=4, hidden=256),
@@ -123,6 +143,10 @@ _TINY_XCOMPOSER = replace(
 QFORMER_MODELS = {
     "blip2-opt-2.7b": _blip2(language.OPT_2_7B),
     "blip2-opt-6.7b": _blip2(language.OPT_6_7B),
+    "blip2-flan-t5-xl": _blip2_t5(language.FLAN_T5_XL),
+    "blip2-flan-t5-xxl": _blip2_t5(language.FLAN_T5_XXL),
+    "instructblip-flan-t5-xl": _instruct_t5(language.FLAN_T5_XL),
+    "instructblip-flan-t5-xxl": _instruct_t5(language.FLAN_T5_XXL),
     "instructblip-vicuna-7b": _instruct(VICUNA_7B),
     "instructblip-vicuna-13b": _instruct(VICUNA_13B),
     "xcomposer-7b": Blip2Config(

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mmkernels import models
-from mmkernels.layers import BlockConfig, QFormerConfig, VisionConfig
+from mmkernels.layers import BlockConfig, QFormerConfig, T5Config, VisionConfig
+from mmkernels.models import Blip2Seq2SeqConfig
 from mmkernels.models.qformer import Blip2Config, Instruction
 
 transformers = pytest.importorskip("transformers")
@@ -103,5 +104,48 @@ def test_logits_loss_and_gradients(agree, make, dtype):
     def run_theirs(x):
         output = theirs(pixel_values=x, input_ids=ids, attention_mask=mask.long(), labels=labels, **more)
         return torch.cat([output.logits[mask].flatten(), output.loss.view(1).to(dtype)])
+
+    agree(ours, theirs, "huggingface", run_ours, run_theirs, (images,), tolerance=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_an_encoder_decoder(agree, dtype):
+    """With T5's own tanh form, which LAVIS overrides with the exact GELU: the presets have that one."""
+    torch.manual_seed(0)
+    text = {
+        "model_type": "t5", "d_model": 48, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 60,
+        "feed_forward_proj": "gated-gelu", "dropout_rate": 0.0, "tie_word_embeddings": False,
+        "decoder_start_token_id": 0, "pad_token_id": 0,
+    }  # fmt: skip
+    config = transformers.Blip2Config(
+        vision_config=VISION, qformer_config=QFORMER, text_config=text, image_token_index=IMAGE,
+        num_query_tokens=QUERIES,
+    )  # fmt: skip
+    theirs = transformers.Blip2ForConditionalGeneration(config).to(dtype).eval()
+    theirs.language_model.lm_head.weight = torch.nn.Parameter(
+        torch.randn(60, 48, dtype=dtype) / 7
+    )  # never tied
+    lm = T5Config(48, 8, 4, 64, layers=2, decoder_layers=2, vocab=60, activation="gelu_tanh")
+    tokens, plain = models.Tokens(image=IMAGE, end_of_chunk=1, end_of_text=1, pad=0), _config(None, 0)
+    ours = models.build(
+        Blip2Seq2SeqConfig(
+            plain.vision, plain.qformer, lm, tokens, (STAGE,),
+            norm_eps=1e-6,
+        )
+    ).to(dtype).eval()  # fmt: skip
+    images = torch.randn(3, 3, 28, 28, dtype=dtype)
+    ids = torch.cat([torch.full((3, QUERIES), IMAGE), torch.randint(3, 50, (3, 4))], 1)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, 6:] = False
+    labels = torch.randint(2, 50, (3, 5))
+    labels[2, 3:] = -100
+
+    def run_ours(x):
+        output = ours(x.unsqueeze(1), ids, mask, labels)
+        return torch.cat([output.logits.flatten(), output.loss.view(1).to(dtype)])
+
+    def run_theirs(x):
+        output = theirs(pixel_values=x, input_ids=ids, attention_mask=mask.long(), labels=labels)
+        return torch.cat([output.logits.flatten(), output.loss.view(1).to(dtype)])
 
     agree(ours, theirs, "huggingface", run_ours, run_theirs, (images,), tolerance=TOLERANCE[dtype])
