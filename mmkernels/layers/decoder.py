@@ -103,6 +103,7 @@ class Decoder(nn.Module):
         self.special_rows = nn.Parameter(torch.empty(len(special), c.block.width).normal_(std=0.02))
         if c.positions == "learned":
             self.position_embedding = nn.Embedding(c.max_positions + c.position_offset, c.block.width)
+            nn.init.normal_(self.position_embedding.weight, std=0.02)
         self.blocks = nn.ModuleList(Block(c.block) for _ in range(c.layers))
         self.norm = make_norm(c.block.norm, c.block.width, eps=c.block.eps, bias=c.block.norm_bias)
         self.head = None if c.tied else nn.Linear(c.block.width, c.vocab, c.head_bias)
