@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmkernels import models
+from mmkernels.layers import T5Config
 
 
 def add(subparsers: Any) -> None:
@@ -45,6 +46,6 @@ def _describe(name: str) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "image_size": config.vision.image_size,
         "layers": config.lm.layers,
-        "width": config.lm.block.width,
+        "width": config.lm.width if isinstance(config.lm, T5Config) else config.lm.block.width,
         "stages": [stage.name for stage in config.stages],
     }

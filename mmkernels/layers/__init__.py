@@ -2,6 +2,8 @@
 
 from mmkernels.layers.attention import KVCache as KVCache
 from mmkernels.layers.attention import rotary_table as rotary_table
+from mmkernels.layers.context_attention import ContextAttention as ContextAttention
+from mmkernels.layers.context_attention import content_tokens as content_tokens
 from mmkernels.layers.decoder import Block as Block
 from mmkernels.layers.decoder import BlockConfig as BlockConfig
 from mmkernels.layers.decoder import Decoder as Decoder

@@ -41,7 +41,7 @@ class DecoderConfig:
     """A causal language model around its blocks, as the published `family` (a name of `Decoder.sources`) builds it.
 
     `positions` is "alibi", "rotary" (over `rotary_fraction` of each head), "learned" or "none"; `window` limits how far back a
-    row sees; `tied` makes the embedding the head too.
+    row sees; `tied` makes the embedding the head too. `rotary_scaling` divides rotary positions.
     """
 
     family: str
@@ -56,6 +56,7 @@ class DecoderConfig:
     window: int | None = None
     tied: bool = False
     head_bias: bool = False
+    rotary_scaling: float = 1.0
 
 
 class Block(nn.Module):
@@ -103,6 +104,7 @@ class Decoder(nn.Module):
         self.special_rows = nn.Parameter(torch.empty(len(special), c.block.width).normal_(std=0.02))
         if c.positions == "learned":
             self.position_embedding = nn.Embedding(c.max_positions + c.position_offset, c.block.width)
+            nn.init.normal_(self.position_embedding.weight, std=0.02)
         self.blocks = nn.ModuleList(Block(c.block) for _ in range(c.layers))
         self.norm = make_norm(c.block.norm, c.block.width, eps=c.block.eps, bias=c.block.norm_bias)
         self.head = None if c.tied else nn.Linear(c.block.width, c.vocab, c.head_bias)
@@ -147,7 +149,8 @@ class Decoder(nn.Module):
         rotary = slopes = None
         if c.positions == "rotary":
             width = int((c.block.head_dim or c.block.width // c.block.heads) * c.rotary_fraction)
-            rotary = rotary_table(positions, width, c.rotary_base, self.embedding.weight.dtype)
+            dtype = self.embedding.weight.dtype
+            rotary = rotary_table(positions, width, c.rotary_base, dtype, c.rotary_scaling)
         if c.positions == "alibi":
             slopes = alibi_slopes(c.block.heads, positions.device)
         return Visibility(lo, hi, rotary, slopes)

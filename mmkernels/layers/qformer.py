@@ -47,17 +47,18 @@ class QFormer(nn.Module):
         if c.vocab:
             self.embedding = nn.Embedding(c.vocab, c.hidden)
             self.position_embedding = nn.Embedding(c.max_positions, c.hidden)
+        if c.vocab and c.text_head:
             self.lm_dense = nn.Linear(c.hidden, c.hidden)
             self.lm_norm = nn.LayerNorm(c.hidden, c.eps)
             self.lm_bias = nn.Parameter(torch.zeros(c.vocab))
         self._initialize()
 
     def _initialize(self) -> None:
-        """BERT's: every matrix from N(0, 0.02), biases 0."""
-        nn.init.normal_(self.query_tokens, std=0.02)
+        """BERT's: every matrix from N(0, `std`), biases 0."""
+        nn.init.normal_(self.query_tokens, std=self.config.std)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=self.config.std)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 

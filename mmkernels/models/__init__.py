@@ -15,10 +15,23 @@ from mmkernels.models.base import Tokens as Tokens
 from mmkernels.models.flamingo import Flamingo as Flamingo
 from mmkernels.models.flamingo import FlamingoConfig as FlamingoConfig
 from mmkernels.models.flamingo import flamingo_labels as flamingo_labels
+from mmkernels.models.llama_vid import LlamaVid as LlamaVid
+from mmkernels.models.llama_vid import LlamaVidConfig as LlamaVidConfig
 from mmkernels.models.presets import PRESETS as _PRESETS
+from mmkernels.models.qformer import Blip2 as Blip2
+from mmkernels.models.qformer import Blip2Config as Blip2Config
+from mmkernels.models.qformer import rank_candidates as rank_candidates
+from mmkernels.models.qformer_seq2seq import Blip2Seq2Seq as Blip2Seq2Seq
+from mmkernels.models.qformer_seq2seq import Blip2Seq2SeqConfig as Blip2Seq2SeqConfig
 from mmkernels.models.stages import Stage as Stage
 
-_FAMILIES = {FlamingoConfig: Flamingo}
+Config = FlamingoConfig | LlamaVidConfig | Blip2Config
+_FAMILIES = {
+    FlamingoConfig: Flamingo,
+    LlamaVidConfig: LlamaVid,
+    Blip2Config: Blip2,
+    Blip2Seq2SeqConfig: Blip2Seq2Seq,
+}
 
 
 def list() -> tuple[str, ...]:
@@ -26,7 +39,7 @@ def list() -> tuple[str, ...]:
     return tuple(sorted(_PRESETS))
 
 
-def config(name: str) -> FlamingoConfig:
+def config(name: str) -> Config:
     """The frozen config behind a name; change it with `dataclasses.replace` and give it to `build`."""
     if name not in _PRESETS:
         near = difflib.get_close_matches(name, _PRESETS, 1)
@@ -36,7 +49,7 @@ def config(name: str) -> FlamingoConfig:
 
 
 def build(
-    name: str | FlamingoConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    name: str | Config, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> MultimodalModel:
     """A model with fresh parameters, from a preset's name or a config; on `torch.device("meta")` it costs no memory."""
     chosen = config(name) if isinstance(name, str) else name
