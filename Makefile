@@ -4,6 +4,7 @@
 #   make bench          benchmarks against eager       make docs      the documentation site, into site/
 #   make build          compile csrc/ in place         make room NAME=foo [FLOOR=ops]   a new room that works
 #   make compile-table  every GPU kernel compiled for sm_80, sm_90a and sm_100, with registers and spills
+#   make gpu            on a machine with a GPU: build, its tests, sanitizer and benchmarks, by PYTHON's own packages
 #
 #   PYTHON=python3.12   the Python to start from (3.10 or later, with pip); ARGS="..." goes to the tool behind the target
 PYTHON ?= python3
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: setup build test bench lint docs room compile-table clean
+.PHONY: setup build test bench lint docs room compile-table gpu clean
 .DELETE_ON_ERROR:
 
 # How csrc/ is compiled is part of the stamp's name: asking for another way builds again.
@@ -52,6 +53,9 @@ docs: build
 
 compile-table: build
 	$(BIN)/python -m benchmarks.compile_table $(ARGS)
+
+gpu:
+	@tools/gpu.sh $(PYTHON) $(ARGS)
 
 FLOOR ?= ops
 room: $(VENV)/.ready

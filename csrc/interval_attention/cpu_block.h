@@ -110,6 +110,19 @@ static bool load_tile(const IntervalAttention& p, const Tokens& x, const Block& 
   return reduce_sum(zero) == 0.f;
 }
 
+// The same, transposed: columns [width, 64]. Whole float tiles need no copy in between; `rows` is workspace.
+static void load_transposed(const IntervalAttention& p, const Tokens& x, const Block& block, int64_t key,
+                            uint64_t cover, float* rows, float* columns) {
+  const int64_t width = padded_width(p);
+  if (p.keys == Dtype::f32 && cover == ~uint64_t{0}) {
+    const void* first = row_of(x, p.keys, block.b, key, block.g);
+    transpose(static_cast<const float*>(first), kTileKeys, p.D, x.t, columns);
+    return;
+  }
+  load_tile(p, x, block, key, cover, rows);
+  transpose(rows, kTileKeys, width, width, columns);
+}
+
 // While group g is computed: asks for the rows after it, and for the next tile, a few rows at a time.
 MMK_INLINE void ask_ahead(const IntervalAttention& p, const Tokens& x, const Block& block, const Group& g) {
   const int64_t end = g.first + g.rows;

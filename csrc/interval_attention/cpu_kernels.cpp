@@ -110,8 +110,7 @@ static void attend_tile(const IntervalAttention& p, Block& block, Forward& f, in
   const uint64_t cover = look_at_tile(block, key);
   if (cover == 0) return;
   const int64_t width = padded_width(p);
-  load_tile(p, p.k, block, key, cover, f.rows);
-  transpose(f.rows, kTileKeys, width, width, f.kt);
+  load_transposed(p, p.k, block, key, cover, f.rows, f.kt);
   const bool finite = load_tile(p, p.v, block, key, cover, f.v);
   Group g;
   int64_t asked = 0;

@@ -124,8 +124,7 @@ static void differentiate_tile(const IntervalAttentionBackward& p, Block& block,
   if (cover == 0) return;
   const bool finite = load_tile(p, p.k, block, key, cover, w.k);
   transpose(w.k, kTileKeys, width, width, w.kt);
-  load_tile(p, p.v, block, key, cover, w.rows);
-  transpose(w.rows, kTileKeys, width, width, w.vt);
+  load_transposed(p, p.v, block, key, cover, w.rows, w.vt);
   fill_zero(w.dk, 2 * kTileKeys * width);
   Group g;
   int64_t first = 0, rows = 0;  // of the strip

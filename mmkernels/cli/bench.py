@@ -32,11 +32,14 @@ def add(subparsers: Any) -> None:
         "bench",
         help="time every op against what users can write today",
         description="Judges every row's outputs and gradients, then times ours and its peers in turn. A full run files its "
-        "table, plots and page under benchmarks/results/<device>, a partial one under build/bench. Lists are comma-separated.",
+        "table, plots and page under benchmarks/results/<device>, a partial one under build/bench. Lists are comma-separated "
+        "and may be repeated.",
         epilog="example: mmkernels bench --op interval_attention --dtype float32 --peers eager,sdpa,segments",
     )
     for name, (_, text) in LISTS.items():
-        parser.add_argument(f"--{name}", default="", metavar="A,B", help=f"{text} (default: all)")
+        parser.add_argument(
+            f"--{name}", action="append", default=[], metavar="A,B", help=f"{text} (default: all)"
+        )
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
     )
@@ -66,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
     wanted_module, runner, machine = map(
         importlib.import_module, ("benchmarks.wanted", "benchmarks.run", "benchmarks.machine")
     )
-    lists = {field: _split(getattr(options, name)) for name, (field, _) in LISTS.items()}
+    lists = {field: _split(",".join(getattr(options, name))) for name, (field, _) in LISTS.items()}
     wanted = wanted_module.Wanted(
         **lists, device=options.device, quick=options.quick, seconds=options.seconds
     )

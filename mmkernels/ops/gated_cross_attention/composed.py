@@ -2,7 +2,7 @@
 
 The products are the device's own (MKL, cuBLAS); norm, activation and gate run over the rows in chunks, so that on CPU what one
 step writes is still in cache when the next one reads it. Nothing of size rows x keys exists. Backward recomputes the normalised
-rows and the queries, and takes the gate's gradient from U = dy^T inner (reference.py).
+rows, and takes the gate's gradient from U = dy^T inner (reference.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_CPU_CHUNK = 256  # rows: 2 MiB of 2048 float32 channels, an L2 cache
+_SUM_ROWS = 128
+_CPU_CHUNK = 1024  # rows: products of 256 have run at half the speed
 
 
 def _low_products_are_slow(device: torch.device) -> bool:
@@ -52,61 +53,81 @@ def _norm_rows(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     if norm.rms:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         rstd = (wide.square().mean(1, keepdim=True) + norm.eps).rsqrt()
-        unit = wide * rstd * norm.weight
-        normed = unit if norm.bias is None else unit + norm.bias
-        return normed.to(x.dtype), torch.zeros_like(rstd[:, 0]), rstd.squeeze(1)
+        return _affine(wide * rstd, norm).to(x.dtype), torch.zeros_like(rstd[:, 0]), rstd.squeeze(1)
     normed, mean, rstd = torch.native_layer_norm(x, [x.shape[1]], norm.weight, norm.bias, norm.eps)
     return normed, mean.squeeze(1).float(), rstd.squeeze(1).float()
 
 
-def _norm_backward(
-    dn: Tensor, x: Tensor, norm: Norm, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx of the norm, and this chunk's share of dweight and dbias, all at least in float32."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    unit = (x.to(wide) - mean.unsqueeze(1)) * rstd.unsqueeze(1)
-    dn = dn.to(wide)
-    g = dn * norm.weight
-    dx = g - unit * (g * unit).mean(1, keepdim=True)
-    if not norm.rms:
-        dx = dx - g.mean(1, keepdim=True)
-    return dx * rstd.unsqueeze(1), (dn * unit).sum(0), dn.sum(0)
+def _affine(unit: Tensor, norm: Norm) -> Tensor:
+    return unit * norm.weight if norm.bias is None else torch.addcmul(norm.bias, unit, norm.weight)
 
 
-def _project_out(x: Tensor, inner: Tensor, w_out: Tensor, gate: Tensor) -> Tensor:
-    """x + tanh(gate) * (inner w_out^T) in x's dtype."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    branch = torch.mm(inner.to(w_out.dtype), w_out.t())
-    return torch.addcmul(x.to(wide), torch.tanh(gate.to(wide)), branch.to(wide)).to(x.dtype)
+def _norm_backward(dn: Tensor, x: Tensor, norm: Norm, mean: Tensor, rstd: Tensor) -> Tensor:
+    """dx of the norm, at least in float32."""
+    weight, rstd = norm.weight.to(x.dtype), rstd.unsqueeze(1)
+    if norm.rms:
+        g, unit = dn * weight, x * rstd
+        return (g - unit * (g * unit).mean(1, keepdim=True)) * rstd
+    only_dx = [True, False, False]
+    statistics = (mean.unsqueeze(1), rstd)
+    return torch.ops.aten.native_layer_norm_backward(dn, x, [x.shape[1]], *statistics, weight, None, only_dx)[
+        0
+    ]
+
+
+def _gated(w_out: Tensor, t: Tensor) -> tuple[Tensor, float]:
+    """The output weight for products and the factor they still take: a gate of one number costs no pass over the weight on CPU,
+    where reading it makes nobody wait."""
+    operand = _operand(w_out)
+    if operand.device.type == "cpu" and t.numel() == 1:
+        return operand, float(t)
+    return (operand * t.unsqueeze(-1)).to(operand.dtype), 1.0
+
+
+def _project_out(x: Tensor, inner: Callable[[slice], Tensor], w_out: Tensor, gate: Tensor) -> Tensor:
+    """x + tanh(gate) * (inner w_out^T) in x's dtype; `inner` gives its rows."""
+    wide, y = torch.promote_types(x.dtype, torch.float32), torch.empty_like(x)
+    t = torch.tanh(gate.to(wide))
+    if _operand(w_out).dtype == wide:  # the product itself multiplies by the gate and adds to x
+        operand, alpha = _gated(w_out, t)
+        for rows in _chunks(x):
+            terms = (x[rows].to(wide), inner(rows).to(wide), operand.t())
+            if x.dtype == wide:
+                torch.addmm(*terms, alpha=alpha, out=y[rows])
+            else:
+                y[rows] = torch.addmm(*terms, alpha=alpha)
+        return y
+    for rows in _chunks(x):
+        branch = torch.mm(inner(rows).to(w_out.dtype), w_out.t())
+        y[rows] = torch.addcmul(x[rows].to(wide), t, branch.to(wide))
+    return y
 
 
 def forward(
     core: Core, x: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, uniform: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    """The operator gated_cross_attention: y, o, lse, mean, rstd."""
+    """The operator gated_cross_attention: y, q, o, lse, mean, rstd."""
     weight, bias, w_q, w_o, gate, heads, eps, rms = rest
     norm = Norm(weight, bias, eps, rms)
-    q, mean, rstd = _queries(x, w_q, norm)
-    o, lse = core.forward(*_stacked(q, k, v, heads), *_rules(k, lo, hi, uniform))
+    q, mean, rstd = _norm_product(x, w_q, norm)
+    q = q.unflatten(1, (heads, -1))
+    o, lse = core.forward(q[None], k[None], v[None], *_rules(k, lo, hi, uniform))
     o, lse = o.squeeze(0), lse.squeeze(0)
-    y, w_o = torch.empty_like(x), _operand(w_o)
-    for rows in _chunks(x):
-        y[rows] = _project_out(x[rows], o[rows].flatten(1), w_o, gate)
-    return y, o, lse, mean, rstd
+    y = _project_out(x, lambda rows: o[rows].flatten(1), w_o, gate)
+    return y, q, o, lse, mean, rstd
 
 
-def _queries(x: Tensor, w_q: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [R, H D] in the weights' dtype and the norm's statistics."""
-    q, operand = w_q.new_empty((len(x), len(w_q))), _operand(w_q)
+def _norm_product(x: Tensor, w: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+    """norm(x) w^T in the weight's dtype, and the norm's statistics."""
+    product, operand = w.new_empty((len(x), len(w))), _operand(w)
     mean, rstd = (x.new_empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(2))
     for rows in _chunks(x):
         normed, mean[rows], rstd[rows] = _norm_rows(x[rows], norm)
-        q[rows] = torch.mm(normed.to(operand.dtype), operand.t())
-    return q, mean, rstd
-
-
-def _stacked(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    return q.unflatten(1, (heads, -1))[None], k[None], v[None]
+        if operand.dtype == w.dtype:
+            torch.mm(normed.to(operand.dtype), operand.t(), out=product[rows])
+        else:
+            product[rows] = torch.mm(normed.to(operand.dtype), operand.t())
+    return product, mean, rstd
 
 
 def _rules(k: Tensor, lo: Tensor, hi: Tensor, uniform: Tensor | None) -> tuple[Any, ...]:
@@ -116,47 +137,47 @@ def _rules(k: Tensor, lo: Tensor, hi: Tensor, uniform: Tensor | None) -> tuple[A
 
 def backward(core: Core, dy: Tensor, x: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """The operator gated_cross_attention_backward."""
-    lo, hi, uniform, weight, bias, w_q, w_o, gate, o, lse, mean, rstd, heads, eps, rms = rest
+    lo, hi, uniform, weight, bias, w_q, w_o, gate, q, o, lse, mean, rstd, _, eps, rms = rest
     norm = Norm(weight, bias, eps, rms)
     dw_o, dgate, do = _gate_backward(dy, o.flatten(1), w_o, gate)
-    q, _, _ = _queries(x, w_q, norm)
     rules = _rules(k, lo, hi, uniform)
-    stacked = _stacked(q, k, v, heads)
-    dq, dk, dv = core.backward(do.view_as(stacked[0]), None, *stacked, o[None], lse[None], *rules)
-    dx, dw_q, dweight, dbias = _input_backward(dy, x, dq.view_as(q), w_q, norm, mean, rstd)
+    given = (q[None], k[None], v[None], o[None], lse[None])
+    dq, dk, dv = core.backward(do.view_as(q)[None], None, *given, *rules)
+    dx, dw_q, dweight, dbias = _input_backward(dy, x, dq.squeeze(0).flatten(1), w_q, norm, mean, rstd)
     dbias = dbias if bias is None else dbias.to(bias.dtype)
     return dx, dk.squeeze(0), dv.squeeze(0), dweight.to(weight.dtype), dbias, dw_q, dw_o, dgate
 
 
 def _gate_backward(dy: Tensor, inner: Tensor, w_out: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dw_out, dgate and d inner (in inner's dtype) for y = x + tanh(gate) * (inner w_out^T)."""
-    wide, operand = torch.promote_types(w_out.dtype, torch.float32), _operand(w_out)
+    wide = torch.promote_types(w_out.dtype, torch.float32)
     t = torch.tanh(gate.to(wide))
+    operand, alpha = _gated(w_out, t)
     dy = dy.to(operand.dtype)
     u = torch.mm(dy.t(), inner.to(operand.dtype)).to(wide)
-    dgate = (1 - t * t) * (u * w_out).sum(1)
+    parts = zip(u.split(_SUM_ROWS), w_out.split(_SUM_ROWS), strict=True)  # of a size that stays in cache
+    dgate = (1 - t * t) * torch.cat([(a * b).sum(1) for a, b in parts])
     dgate = dgate if gate.numel() > 1 else dgate.sum().view_as(gate)
-    scaled = (operand * t.unsqueeze(-1)).to(operand.dtype)  # the gate goes to the smaller operand
-    return (t.unsqueeze(-1) * u).to(w_out.dtype), dgate.to(gate.dtype), torch.mm(dy, scaled).to(inner.dtype)
+    dinner = torch.addmm(inner.new_empty((), dtype=operand.dtype), dy, operand, beta=0, alpha=alpha)
+    return u.mul_(t.unsqueeze(-1)).to(w_out.dtype), dgate.to(gate.dtype), dinner.to(inner.dtype)
 
 
 def _input_backward(
     dy: Tensor, x: Tensor, dh: Tensor, w_in: Tensor, norm: Norm, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dw_in, dweight, dbias for h = norm(x) w_in^T beside the residual y = x + ..."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    dx, dw_in = torch.empty_like(x), torch.zeros_like(w_in, dtype=wide)
+    wide, operand = torch.promote_types(x.dtype, torch.float32), _operand(w_in)
+    dx, dw_in = torch.empty_like(x), torch.empty_like(w_in, dtype=operand.dtype)
     dweight, dbias = (norm.weight.new_zeros(x.shape[1], dtype=wide) for _ in range(2))
-    operand = _operand(w_in)
     for rows in _chunks(x):
-        normed, _, _ = _norm_rows(x[rows], norm)
-        d = dh[rows].to(operand.dtype)
-        dw_in += torch.mm(d.t(), normed.to(operand.dtype))
-        grads = _norm_backward(torch.mm(d, operand), x[rows], norm, mean[rows], rstd[rows])
-        dx[rows] = dy[rows] + grads[0]
-        dweight += grads[1]
-        dbias += grads[2]
-    return dx, dw_in.to(w_in.dtype), dweight, dbias
+        part, d = x[rows].to(wide), dh[rows].to(operand.dtype)
+        unit = (part - mean[rows].unsqueeze(1)).mul_(rstd[rows].unsqueeze(1))
+        dw_in.addmm_(d.t(), _affine(unit, norm).to(operand.dtype), beta=1 if rows.start else 0)
+        dn = torch.mm(d, operand).to(wide)
+        dweight += unit.mul_(dn).sum(0)
+        dbias += dn.sum(0)
+        dx[rows] = _norm_backward(dn, part, norm, mean[rows], rstd[rows]).add_(dy[rows])
+    return dx, dw_in.to(w_in.dtype) if len(x) else dw_in.zero_().to(w_in.dtype), dweight, dbias
 
 
 def feed_forward(
@@ -164,10 +185,8 @@ def feed_forward(
 ) -> tuple[Tensor, ...]:
     """The operator gated_feed_forward: y, h, mean, rstd."""
     activation, eps, rms = rest
-    h, mean, rstd = _queries(x, w_in, Norm(weight, bias, eps, rms))
-    y, w_out = torch.empty_like(x), _operand(w_out)
-    for rows in _chunks(x):
-        y[rows] = _project_out(x[rows], _activate(h[rows], activation), w_out, gate)
+    h, mean, rstd = _norm_product(x, w_in, Norm(weight, bias, eps, rms))
+    y = _project_out(x, lambda rows: _activate(h[rows], activation), w_out, gate)
     return y, h, mean, rstd
 
 

@@ -45,8 +45,6 @@ BACKWARD = Op(
     reference.feed_forward_backward,
     fake=lambda dy, *inputs: grads_like(*inputs[:6]),
 )
-FORWARD.compiled("cpp", supports=kernel_dtypes)
-BACKWARD.compiled("cpp", supports=lambda dy, *rest: kernel_dtypes(*rest))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -22,9 +22,9 @@ _CROSS = (
 def _fake_forward(x: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     r, heads = x.shape[0], rest[-3]
     wide = torch.promote_types(x.dtype, torch.float32)
-    o = k.new_empty((r, heads, k.shape[2]))
+    q, o = (k.new_empty((r, heads, k.shape[2])) for _ in range(2))
     row = x.new_empty(r, dtype=wide)
-    return (x.new_empty(x.shape), o, x.new_empty((heads, r), dtype=wide), row, torch.empty_like(row))
+    return (x.new_empty(x.shape), q, o, x.new_empty((heads, r), dtype=wide), row, torch.empty_like(row))
 
 
 def grads_like(x: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
@@ -57,20 +57,18 @@ def kernel_dtypes(x: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str:
 
 FORWARD = Op(
     f"gated_cross_attention({_CROSS}int heads, float eps, bool rms) -> "
-    "(Tensor y, Tensor o, Tensor lse, Tensor mean, Tensor rstd)",
+    "(Tensor y, Tensor q, Tensor o, Tensor lse, Tensor mean, Tensor rstd)",
     reference.forward,
     fake=_fake_forward,
     check=_check_forward,
 )
 BACKWARD = Op(
-    f"gated_cross_attention_backward(Tensor dy, {_CROSS}Tensor o, Tensor lse, Tensor mean, Tensor rstd, "
+    f"gated_cross_attention_backward(Tensor dy, {_CROSS}Tensor q, Tensor o, Tensor lse, Tensor mean, Tensor rstd, "
     "int heads, float eps, bool rms) -> (Tensor dx, Tensor dk, Tensor dv, Tensor dnorm_weight, Tensor dnorm_bias, "
     "Tensor dw_q, Tensor dw_o, Tensor dgate)",
     reference.backward,
     fake=_fake_backward,
 )
-FORWARD.compiled("cpp", supports=kernel_dtypes)
-BACKWARD.compiled("cpp", supports=lambda dy, *rest: kernel_dtypes(*rest))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

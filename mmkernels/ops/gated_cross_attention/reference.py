@@ -93,15 +93,15 @@ def forward(
     heads: int,
     eps: float,
     rms: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y [R,C] and what backward wants: o [R,H,D], lse [H,R], mean [R], rstd [R]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y [R,C] and what backward wants: q and o [R,H,D], lse [H,R], mean [R], rstd [R]."""
     x_, k_, v_, nw, nb, wq, wo, g = _wide(x, k, v, norm_weight, norm_bias, w_q, w_o, gate)
     unit, mean, rstd = _norm(x_, eps, rms)
     q = (_affine(unit, nw, nb) @ wq.T).unflatten(1, (heads, -1))
     o, lse = attention.forward(q[None], k_[None], v_[None], *_rules(lo, hi, uniform, q))
     o = o.squeeze(0)
     y = x_ + torch.tanh(g) * (o.flatten(1) @ wo.T)
-    return y.to(x.dtype), o.to(k.dtype), lse.squeeze(0), mean, rstd
+    return y.to(x.dtype), q.to(k.dtype), o.to(k.dtype), lse.squeeze(0), mean, rstd
 
 
 def _rules(lo: Tensor, hi: Tensor, uniform: Tensor | None, q: Tensor) -> tuple[object, ...]:
@@ -122,6 +122,7 @@ def backward(
     w_q: Tensor,
     w_o: Tensor,
     gate: Tensor,
+    q: Tensor,
     o: Tensor,
     lse: Tensor,
     mean: Tensor,

@@ -1,7 +1,7 @@
 """Interval attention forward: the kernel that attends and the one that joins the splits of long key runs.
 
-16-bit inputs score in base 2, one multiplication less for every key. float32 is NATURAL, in base e: rounding lse once more, from
-base 2, would show in every probability of the row in backward.
+16-bit inputs score in base 2, one multiplication less for every key. float32 is NATURAL, in base e: rounding lse once more,
+from base 2, would show in every probability of the row in backward.
 """
 
 from __future__ import annotations
