@@ -126,7 +126,9 @@ def _measured(work: Work, frames: int) -> Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.frames", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.frames", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--series", default=",".join(SERIES), help="which of them (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="folder for frames.json and frames.png")
     options = parser.parse_args()
