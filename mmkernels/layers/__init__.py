@@ -14,5 +14,8 @@ from mmkernels.layers.mlp import MLP as MLP
 from mmkernels.layers.qformer import QFormer as QFormer
 from mmkernels.layers.qformer_layer import QFormerConfig as QFormerConfig
 from mmkernels.layers.resampler import PerceiverResampler as PerceiverResampler
+from mmkernels.layers.t5 import T5 as T5
+from mmkernels.layers.t5 import T5Cache as T5Cache
+from mmkernels.layers.t5 import T5Config as T5Config
 from mmkernels.layers.vision import VisionConfig as VisionConfig
 from mmkernels.layers.vision import VisionTower as VisionTower

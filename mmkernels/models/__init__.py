@@ -18,10 +18,13 @@ from mmkernels.models.flamingo import flamingo_labels as flamingo_labels
 from mmkernels.models.llama_vid import LlamaVid as LlamaVid
 from mmkernels.models.llama_vid import LlamaVidConfig as LlamaVidConfig
 from mmkernels.models.presets import PRESETS as _PRESETS
+from mmkernels.models.qformer import Blip2 as Blip2
+from mmkernels.models.qformer import Blip2Config as Blip2Config
+from mmkernels.models.qformer import rank_candidates as rank_candidates
 from mmkernels.models.stages import Stage as Stage
 
-Config = FlamingoConfig | LlamaVidConfig
-_FAMILIES = {FlamingoConfig: Flamingo, LlamaVidConfig: LlamaVid}
+Config = FlamingoConfig | LlamaVidConfig | Blip2Config
+_FAMILIES = {FlamingoConfig: Flamingo, LlamaVidConfig: LlamaVid, Blip2Config: Blip2}
 
 
 def list() -> tuple[str, ...]:
