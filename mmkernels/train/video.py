@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmkernels.data import VideoBatch
 from mmkernels.models import Stage
-from mmkernels.train.evaluate import right
+from mmkernels.train.evaluate import evaluating, right
 from mmkernels.train.objectives import Objectives
 
 HELD_OUT, _BATCH = 256, 64  # videos that are tried when the last stage ends, and at a time
@@ -60,9 +60,5 @@ def measure(model: Any, sequences: Any, stage: Stage) -> dict[str, Any]:
     """After a stage that learns from videos: `answers`."""
     if "videos" not in stage.losses:
         return {}
-    before = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         return answers(model, sequences, HELD_OUT)
-    finally:
-        model.train(before)

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from mmkernels import data, models
-from mmkernels.train import video
+from mmkernels.infer import Captioner
+from mmkernels.train import Run, train, trainer, video
 from mmkernels.train.video import VideoObjectives
 
 
@@ -45,6 +47,26 @@ def test_the_stages_name_losses_that_exist(setting):
     assert {name for stage in model.stages() for name in stage.losses} == set(objectives.names())
     with pytest.raises(ValueError, match="loss 'pairs' is unknown, expected one of pictures, text, videos"):
         objectives.loss("pairs", 0, replace(model.stages()[0], losses={"pairs": 1.0}, mix={"pairs": 1.0}))
+
+
+def test_a_run_from_its_first_stage_to_an_answer(tmp_path, monkeypatch):
+    """Three stages of a step each, the figures of the last two, and a checkpoint that answers about pictures."""
+    monkeypatch.setattr(video, "HELD_OUT", 4)
+    monkeypatch.setattr(trainer, "HELD_OUT", 8)
+    steps = {stage.name: stage.steps for stage in models.config("llama-vid-tiny").stages}
+    monkeypatch.setattr(Run, "stages", lambda run: [(s, 1) for s in models.config(run.model).stages])
+    result = train(Run(model="llama-vid-tiny", steps=3, batch=2), tmp_path / "run")
+    assert list(result.held_out) == list(steps)[1:] and result.documents == 8
+    assert set(result.held_out["instruction"]) == {"answers", "answers, frames reversed"}
+    captioner = Captioner.from_checkpoint(tmp_path / "run")
+    pictures = [Image.new("RGB", (40, 40), colour) for colour in ("red", "blue")]
+    told = captioner.caption(pictures, "what is at last?", max_new_tokens=4)
+    model, words = captioner.model, captioner.tokenizer.encode("what is at last?")
+    prompt = torch.tensor([[words]])
+    clip = captioner._pixels(pictures).unsqueeze(1)  # the two pictures as two frames of one video
+    ids = torch.tensor([[2] * 4 + words])
+    answer = model.generate(clip, ids, prompt_ids=prompt, max_new_tokens=4)
+    assert told == captioner.tokenizer.decode(answer[0].tolist()).strip()
 
 
 class Oracle(torch.nn.Module):
