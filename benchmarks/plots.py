@@ -43,10 +43,10 @@ def draw(record: Record, folder: Path) -> list[Path]:
     subtitle = f"{record['device']}  ·  torch {record['versions']['torch']}  ·  {record['git']}{loaded}"
     with matplotlib.rc_context(STYLE):
         for name, title, chosen in _pictures(rows):
-            written.append(_save(_ratios(chosen, title, subtitle), folder / f"{name}.png"))
+            written.append(save(_ratios(chosen, title, subtitle), folder / f"{name}.png"))
         floored = [row for row in rows if "share_of_floor" in row]
         if floored:
-            written.append(_save(_floors(floored, subtitle), folder / "floor.png"))
+            written.append(save(_floors(floored, subtitle), folder / "floor.png"))
     return written
 
 
@@ -61,7 +61,7 @@ def _pictures(rows: list[Row]) -> Iterator[tuple[str, str, list[Row]]]:
             yield f"ratio-{op}-{dtype}", f"{op}, {dtype}", chosen
 
 
-def _save(figure: Figure, file: Path) -> Path:
+def save(figure: Figure, file: Path) -> Path:
     picture = io.BytesIO()
     figure.savefig(picture, dpi=140, facecolor="white", bbox_inches="tight", pad_inches=0.15)
     Image.open(picture).convert("RGB").quantize(64).save(file, optimize=True)  # a third of the bytes

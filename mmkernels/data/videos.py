@@ -18,32 +18,27 @@ from torch import Tensor
 
 from mmkernels.data import images
 from mmkernels.data.dataset import Dataset, Picture, view
+from mmkernels.data.sequences import Batch, Sequences
 from mmkernels.data.tokenizer import Tokenizer
 
 QUESTIONS = ("what is at first?", "what is at last?")
-_TRAIN, _HELD_OUT = range(100, 102)  # streams of random numbers, apart from those of sequences
+_VIDEOS, _HELD_OUT = range(100, 102)  # streams of random numbers, apart from those of sequences
 
 
 @dataclass(frozen=True)
-class VideoBatch:
-    """images `[B, 1, F, 3, S, S]`; prompt_ids and prompt_mask `[B, 1, L]`; input_ids, attention_mask and labels `[B, T]`.
+class VideoBatch(Batch):
+    """A batch whose images are one video a row, `[B, 1, F, 3, S, S]`; prompt_ids and prompt_mask `[B, 1, L]` ask about it.
 
-    The text is the visual tokens' places, the question, and the answer with its end of text, at positions `answers[b, 0]` to
-    `answers[b, 1] - 1`: they alone are labelled. `captions[b]` is the answer's number, `others[b]` the other shot's.
+    The text is the visual tokens' places, the question, and the answer with its end of text; labels `[B, T]` are -100
+    everywhere but there.
     """
 
-    images: Tensor
+    labels: Tensor
     prompt_ids: Tensor
     prompt_mask: Tensor
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-    answers: Tensor
-    captions: Tensor
-    others: Tensor
 
 
-class Videos:
+class Videos(Sequences):
     """Draws batches of videos of `frames` frames (two shots of half of them), `tokens_per_frame` places each."""
 
     def __init__(
@@ -52,28 +47,32 @@ class Videos:
         tokenizer: Tokenizer,
         size: int,
         *,
+        seed: int = 0,
         frames: int = 6,
         tokens_per_frame: int = 2,
-        seed: int = 0,
     ) -> None:
         if frames < 2 or frames % 2:
             raise ValueError(f"frames: got {frames}, expected an even number of 2 or more")
-        self.dataset, self.tokenizer, self.size, self.seed = dataset, tokenizer, size, seed
+        super().__init__(dataset, tokenizer, size, seed=seed)
         self.frames, self.places = frames, frames * tokens_per_frame
 
-    def batch(self, number: int, size: int, *, held_out: bool = False) -> VideoBatch:
-        """`size` videos, each with one question."""
-        rng = np.random.default_rng((self.seed, _HELD_OUT if held_out else _TRAIN, number))
-        pixels, texts, shown = [], [], []
-        for _ in range(size):
+    def videos(self, number: int, batch: int) -> VideoBatch:
+        """One video and one question a row."""
+        return self._draw(self._rng(_VIDEOS, number), batch, held_out=False)
+
+    def held_out(self, number: int, batch: int) -> VideoBatch:
+        """Videos of cuts that training never draws."""
+        return self._draw(self._rng(_HELD_OUT, number), batch, held_out=True)
+
+    def _draw(self, rng: np.random.Generator, batch: int, *, held_out: bool) -> VideoBatch:
+        pixels, texts, answers = [], [], []
+        for _ in range(batch):
             captions = rng.choice(len(self.dataset.captions), size=2, replace=False)
-            shots = [self._shot(rng, int(caption), held_out=held_out) for caption in captions]
+            pixels.append(np.concatenate([self._shot(rng, int(c), held_out=held_out) for c in captions]))
             asked = int(rng.integers(2))
-            pixels.append(np.concatenate(shots))
-            texts.append((QUESTIONS[asked], self.dataset.captions[captions[asked]]))
-            shown.append((int(captions[asked]), int(captions[1 - asked])))
-        frames = images.normalise(np.stack(pixels)).unsqueeze(1)
-        return self._collate(frames, texts, torch.tensor(shown))
+            answers.append(int(captions[asked]))
+            texts.append((QUESTIONS[asked], self.dataset.captions[answers[-1]]))
+        return self._batch(images.normalise(np.stack(pixels)).unsqueeze(1), texts, torch.tensor(answers))
 
     def _shot(self, rng: np.random.Generator, caption: int, *, held_out: bool) -> NDArray[np.uint8]:
         """uint8 `[F / 2, S, S, 3]`: cuts of a view that shrink towards one of its corners."""
@@ -89,7 +88,7 @@ class Videos:
             cuts.append(np.asarray(whole.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)))
         return np.stack(cuts[:: rng.choice((-1, 1))])  # zooms in, or out
 
-    def _collate(self, frames: Tensor, texts: list[tuple[str, str]], shown: Tensor) -> VideoBatch:
+    def _batch(self, frames: Tensor, texts: list[tuple[str, str]], captions: Tensor) -> VideoBatch:
         t = self.tokenizer
         questions = [t.encode(question) for question, _ in texts]
         replies = [[*t.encode(f" {answer}"), t.end_of_text] for _, answer in texts]
@@ -98,11 +97,8 @@ class Videos:
         answers = torch.tensor([(len(h), len(h) + len(r)) for h, r in zip(heads, replies, strict=True)])
         place = torch.arange(ids.shape[1])
         replied = (place >= answers[:, :1]) & (place < answers[:, 1:])
-        prompts, prompt_mask = _padded(questions, t.pad)
-        return VideoBatch(
-            frames, prompts.unsqueeze(1), prompt_mask.unsqueeze(1), ids, mask, torch.where(replied, ids, -100), answers,
-            shown[:, 0], shown[:, 1],
-        )  # fmt: skip
+        prompts = (rows.unsqueeze(1) for rows in _padded(questions, t.pad))
+        return VideoBatch(frames, ids, mask, answers, captions, torch.where(replied, ids, -100), *prompts)
 
 
 def _padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from mmkernels.data import Tokenizer, images, store
 from mmkernels.data.pairs import INSTRUCTIONS
 from mmkernels.data.sequences import MAX_IMAGES
 from mmkernels.data.tokenizer import IMAGE
-from mmkernels.models import MultimodalModel, weights
+from mmkernels.models import LlamaVid, MultimodalModel, weights
 from mmkernels.models.qformer import Instruction
 
 Picture = str | Path | Image.Image
@@ -55,7 +55,7 @@ class Captioner:
         ids = torch.tensor([self.tokenizer.encode(text)], device=device)
         places, mask = self.model.expand(ids)
         pixels = self._pixels(pictures).to(device)
-        told: dict[str, Any] = self._instruction(prompt)
+        told: dict[str, Any] = self._instruction(prompt, len(pictures))
         if mask is not None:
             told["attention_mask"] = mask
         answer = self.model.generate(pixels, places, max_new_tokens=max_new_tokens, **told)
@@ -72,14 +72,18 @@ class Captioner:
         # tokens of words hold the space before them: one at the prompt's end would belong to the next word
         return prompt.rstrip() if places else IMAGE * pictures + prompt.strip()
 
-    def _instruction(self, prompt: str) -> dict[str, Instruction]:
-        """The prompt without its pictures, for queries that read it."""
-        if not getattr(self.model.config, "instruct", False):
+    def _instruction(self, prompt: str, pictures: int) -> dict[str, Any]:
+        """The prompt without its pictures, for queries that read it; LLaMA-VID's read it for every picture, as for frames."""
+        asks = isinstance(self.model, LlamaVid)
+        if not asks and not getattr(self.model.config, "instruct", False):
             return {}
         words = self.tokenizer.encode(prompt.replace(IMAGE, " ").strip() or INSTRUCTIONS[0])
-        return {
-            "instruction": Instruction(torch.tensor([words], device=next(self.model.parameters()).device))
-        }
+        ids = torch.tensor([words], device=next(self.model.parameters()).device)
+        return (
+            {"prompt_ids": ids.unsqueeze(1).expand(-1, pictures, -1)}
+            if asks
+            else {"instruction": Instruction(ids)}
+        )
 
     def _pixels(self, pictures: Sequence[Picture]) -> Tensor:
         opened = [p if isinstance(p, Image.Image) else images.load(p) for p in pictures]

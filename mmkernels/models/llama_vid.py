@@ -125,6 +125,13 @@ class LlamaVid(MultimodalModel):
         )
         return tokens.reshape(b, size["P"], -1, tokens.shape[-1])
 
+    def expand(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Ids `[B, T]` with one image token a picture -> ids with its places, and their mask, padded on the right."""
+        places = expand_images(
+            input_ids, self.tokens, self.config.tokens_per_frame, attention_mask=attention_mask
+        )
+        return places.ids, places.mask
+
     def embed(self, input_ids: Tensor, media: Tensor | None) -> Tensor:
         """Text embeddings `[B, T, C]` with the rows of media `[B, P, R, C]` at the places for them, in order."""
         place = input_ids == self.tokens.image

@@ -72,7 +72,7 @@ _TINY_STAGES = (
     Stage("towers", ("vision.*", "lm.*"), {"pictures": 1.0, "text": 1.0}, {"pictures": 4.0, "text": 1.0}, 2e-3,
           schedule="cosine", warmup=0.2, steps=250),
     _stage("alignment", _PROJECTIONS, 4e-3, {"videos": 1.0}, steps=100),
-    _stage("instruction", ("connector.*", "lm.*"), 2e-3, {"videos": 1.0}, steps=400),
+    _stage("instruction", ("connector.*", "lm.*"), 2e-3, {"videos": 1.0}, steps=700),
 )  # fmt: skip
 
 LLAMA_VID = {

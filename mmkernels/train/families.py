@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmkernels import models
-from mmkernels.data import Dataset, Pairs, Sequences, Tokenizer
-from mmkernels.models import Blip2Config, FlamingoConfig, Stage
-from mmkernels.train import qformer
+from mmkernels.data import Dataset, Pairs, Sequences, Tokenizer, Videos
+from mmkernels.models import Blip2Config, FlamingoConfig, LlamaVidConfig, Stage
+from mmkernels.train import qformer, video
 from mmkernels.train.objectives import Objectives
 
 
@@ -41,9 +41,15 @@ def _pairs(dataset: Dataset, tokenizer: Tokenizer, config: Blip2Config, seed: in
     )
 
 
+def _videos(dataset: Dataset, tokenizer: Tokenizer, config: LlamaVidConfig, seed: int) -> Videos:
+    size, places = config.vision.image_size, config.tokens_per_frame
+    return Videos(dataset, tokenizer, size, seed=seed, tokens_per_frame=places)
+
+
 _FAMILIES = {
     FlamingoConfig: Family(_sequences),
     Blip2Config: Family(_pairs, qformer.QFormerObjectives, qformer.measure),
+    LlamaVidConfig: Family(_videos, video.VideoObjectives, video.measure),
 }
 
 

@@ -47,7 +47,7 @@ def test_the_model_is_the_trained_one(trained, captioner):
 def test_a_caption_is_what_the_model_generates(captioner, pictures, monkeypatch):
     given = {}
 
-    def generate(pixels, ids, *, max_new_tokens):
+    def generate(pixels, ids, mask, *, max_new_tokens):
         given.update(pixels=pixels, ids=ids, length=max_new_tokens)
         return torch.tensor([[*captioner.tokenizer.encode(" a cat"), 3, 0]])
 
