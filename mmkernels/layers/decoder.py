@@ -38,7 +38,7 @@ class BlockConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A causal language model around its blocks, as the published `family` ("mpt", "gpt_neox", "llama") builds it.
+    """A causal language model around its blocks, as the published `family` ("mpt", "gpt_neox", "llama", "qwen") builds it.
 
     `positions` is "alibi", "rotary" (over `rotary_fraction` of each head), "learned" or "none"; `window` limits how far back a
     row sees; `tied` makes the embedding the head too.
@@ -87,7 +87,7 @@ class Decoder(nn.Module):
 
     `special` are token ids whose embedding rows live apart, in `special_rows`, and can be trained while the table is frozen:
     the frozen table is then never touched by an optimizer, not even by its weight decay. With a tied head they answer for
-    these tokens' logits too. Published weights load with the source "mpt", "gpt_neox" or "llama".
+    these tokens' logits too. Published weights load with the source "mpt", "gpt_neox", "llama" or "qwen".
     """
 
     sources = tuple(LAYOUTS)

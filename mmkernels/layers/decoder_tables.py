@@ -49,6 +49,14 @@ LAYOUTS = {
         ),
         qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), up=("mlp.gate_proj", "mlp.up_proj"),
     ),
+    "qwen": Layout(
+        embedding="transformer.wte", layers="transformer.h", norm="transformer.ln_f", head=("lm_head",),
+        inside=(
+            ("attention_norm", "ln_1"), (r"attention\.out", "attn.c_proj"), ("mlp_norm", "ln_2"),
+            (r"mlp\.down", "mlp.c_proj"),
+        ),
+        qkv=("attn.c_attn",), up=("mlp.w2", "mlp.w1"),  # w2 goes through the gate's silu
+    ),
 }  # fmt: skip
 
 
@@ -66,7 +74,7 @@ def decoder_table(source: str, *, heads: int, vocab: int, special: tuple[int, ..
     at, theirs = r"blocks\.(\d+)\.", f"{layout.layers}.{{0}}."
 
     def joined(ours: str, names: tuple[str, ...], heads_first: bool = False) -> Rule:
-        view = (lambda t: _heads_last(t, heads)) if heads_first else None
+        view = (lambda t: heads_last(t, heads)) if heads_first else None
         return Rule(rf"{at}{ours}\.(\w+)", tuple(f"{theirs}{name}.{{1}}" for name in names), view)
 
     def rows(t: Tensor) -> Tensor:
@@ -88,6 +96,6 @@ def decoder_table(source: str, *, heads: int, vocab: int, special: tuple[int, ..
     )
 
 
-def _heads_last(rows: Tensor, heads: int) -> Tensor:
+def heads_last(rows: Tensor, heads: int) -> Tensor:
     """[H (3 D), ...] -> [3 H D, ...]: from q, k, v of each head to all q, all k, all v."""
     return rows.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
