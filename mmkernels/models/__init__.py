@@ -16,9 +16,12 @@ from mmkernels.models.flamingo import Flamingo as Flamingo
 from mmkernels.models.flamingo import FlamingoConfig as FlamingoConfig
 from mmkernels.models.flamingo import flamingo_labels as flamingo_labels
 from mmkernels.models.presets import PRESETS as _PRESETS
+from mmkernels.models.qwen_vl import QwenVL as QwenVL
+from mmkernels.models.qwen_vl import QwenVLConfig as QwenVLConfig
 from mmkernels.models.stages import Stage as Stage
 
-_FAMILIES = {FlamingoConfig: Flamingo}
+Config = FlamingoConfig | QwenVLConfig
+_FAMILIES = {FlamingoConfig: Flamingo, QwenVLConfig: QwenVL}
 
 
 def list() -> tuple[str, ...]:
@@ -26,7 +29,7 @@ def list() -> tuple[str, ...]:
     return tuple(sorted(_PRESETS))
 
 
-def config(name: str) -> FlamingoConfig:
+def config(name: str) -> Config:
     """The frozen config behind a name; change it with `dataclasses.replace` and give it to `build`."""
     if name not in _PRESETS:
         near = difflib.get_close_matches(name, _PRESETS, 1)
@@ -36,7 +39,7 @@ def config(name: str) -> FlamingoConfig:
 
 
 def build(
-    name: str | FlamingoConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    name: str | Config, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> MultimodalModel:
     """A model with fresh parameters, from a preset's name or a config; on `torch.device("meta")` it costs no memory."""
     chosen = config(name) if isinstance(name, str) else name

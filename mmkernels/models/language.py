@@ -38,8 +38,16 @@ def _llama(width: int, heads: int, layers: int, hidden: int) -> DecoderConfig:
     return DecoderConfig("llama", block, layers, vocab=32_000)
 
 
+def _qwen(width: int, heads: int, layers: int, hidden: int) -> DecoderConfig:
+    """Alibaba's Qwen: LLaMA with biases on queries, keys and values. Exact up to the 2048 tokens it was trained with."""
+    llama = _llama(width, heads, layers, hidden)
+    return replace(llama, family="qwen", block=replace(llama.block, qkv_bias=True), vocab=151_936)
+
+
 MPT_1B = _mpt(2048, 16, 24, qk_norm="full")
 MPT_7B = _mpt(4096, 32, 32)
 REDPAJAMA_3B = DecoderConfig("gpt_neox", BlockConfig(2560, 32, 10_240), layers=32, vocab=50_432)
 LLAMA_7B = _llama(4096, 32, 32, 11_008)
+QWEN_7B = _qwen(4096, 32, 32, 11_008)
+TINY_QWEN = replace(_qwen(128, 4, 4, 256), vocab=512)
 TINY = replace(_mpt(128, 4, 4), vocab=512)

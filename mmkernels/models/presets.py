@@ -9,6 +9,7 @@ from mmkernels.layers.vision import CLIP_L, VisionConfig
 from mmkernels.models import language
 from mmkernels.models.base import Tokens
 from mmkernels.models.flamingo import CrossConfig, FlamingoConfig, ResamplerConfig
+from mmkernels.models.qwen_presets import QWEN_VL
 from mmkernels.models.stages import Stage
 
 # the released models add three tokens to the 50,277 of the GPT-NeoX tokenizer and cut the padded tables to them
@@ -68,4 +69,5 @@ PRESETS = {
         stages=(_TOWERS, replace(_OPEN_FLAMINGO, learning_rate=4e-3, warmup=0.1, steps=350)),
         resampler=ResamplerConfig(depth=2, heads=4, head_dim=32, latents=8, ff_mult=2, max_frames=8),
     ),
+    **QWEN_VL,
 }

@@ -17,7 +17,7 @@ class Stage:
     `losses` weighs the batches of a step, `mix` the samples drawn for them. `weight_decay` gives decay by pattern; parameters
     that no pattern meets have none. The rate rises linearly over `warmup` steps (below 1: that share of all steps), then
     follows `schedule`: "constant" or "cosine". Gradients are clipped to norm `clip`. `steps` is the stage's length where the
-    recipe sets one.
+    recipe sets one; `image_size` the side of its pictures where that is not the tower's own.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Stage:
     warmup: float = 0
     clip: float = 1.0
     steps: int | None = None
+    image_size: int | None = None
 
     def freeze(self, model: nn.Module) -> None:
         """Makes exactly this stage's parameters trainable."""

@@ -266,9 +266,10 @@ def test_any_layout_of_the_input(layout):
 
 def test_compiles_into_one_graph():
     r = _resampler()
+    compiled = torch.compile(r, backend="aot_eager", fullgraph=True)
     for tokens in (9, 16):
         x = torch.randn(2, tokens, 20)
-        torch.testing.assert_close(torch.compile(r, backend="aot_eager", fullgraph=True)(x), r(x))
+        torch.testing.assert_close(compiled(x), r(x))
 
 
 def test_bad_input_is_refused_by_name():

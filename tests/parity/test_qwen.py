@@ -7,8 +7,9 @@ import torch
 from published_qwen import Resampler, Visual
 from torch import nn
 
-from mmkernels import weights
+from mmkernels import models, weights
 from mmkernels.layers import QwenResampler, VisionConfig, VisionTower
+from mmkernels.models.qwen_vl import QwenVision
 
 BOTH = [torch.float64, torch.float32]
 
@@ -108,3 +109,89 @@ def test_tower(agree, side, dtype):
     ours = VisionTower(config).to(dtype)
     images = torch.randn(2, 3, 4 * side, 4 * side, dtype=dtype)
     agree(ours, theirs, "qwen_vl", ours, theirs.tower, (images,))
+
+
+@pytest.mark.parametrize("dtype", BOTH, ids=str)
+@pytest.mark.parametrize("side", [3, 6], ids=["as_stored", "doubled"])
+def test_the_whole_vision_side(agree, side, dtype):
+    """Tower, resampler, norm, and the projection as it is stored: `x proj`, not transposed."""
+    torch.manual_seed(6)
+    theirs = Visual(4, 24, 1, 3, 40, 32, 4, 3).to(dtype)
+    config = VisionConfig(12, 4, 24, 1, 3, 40, "gelu", 1e-6, class_token=False, any_size=True)
+    ours = QwenVision(config, 3, 32, 4).to(dtype)
+    images = torch.randn(2, 3, 4 * side, 4 * side, dtype=dtype)
+    agree(ours, theirs, "qwen_vl", ours, theirs, (images,))
+
+
+def _qwen_keys(llama_like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Qwen2's parameters under the names of the first Qwen: the same mathematics, q, k and v in one tensor."""
+    names = {
+        "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2", "self_attn.o_proj": "attn.c_proj",
+        "mlp.gate_proj": "mlp.w2", "mlp.up_proj": "mlp.w1", "mlp.down_proj": "mlp.c_proj",
+    }  # fmt: skip
+    state = {"transformer.wte.weight": llama_like["model.embed_tokens.weight"]}
+    state |= {
+        "transformer.ln_f.weight": llama_like["model.norm.weight"],
+        "lm_head.weight": llama_like["lm_head.weight"],
+    }
+    layers = {key.split(".")[2] for key in llama_like if key.startswith("model.layers.")}
+    for i in layers:
+        at = f"model.layers.{i}."
+        for theirs, name in names.items():
+            state[f"transformer.h.{i}.{name}.weight"] = llama_like[f"{at}{theirs}.weight"]
+        for end in ("weight", "bias"):
+            parts = [llama_like[f"{at}self_attn.{p}_proj.{end}"] for p in "qkv"]
+            state[f"transformer.h.{i}.attn.c_attn.{end}"] = torch.cat(parts)
+    return state
+
+
+def test_a_released_file():
+    """Every key of it is read, per-head rows and gate order included: images and logits are those of the parts."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(7)
+    tiny = models.config("qwen_vl-tiny")
+    config = transformers.Qwen2Config(
+        vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        tie_word_embeddings=False, attn_implementation="eager",
+    )  # fmt: skip
+    lm, visual = transformers.Qwen2ForCausalLM(config).eval(), Visual(8, 128, 2, 4, 256, 128, 4, 4)
+    with torch.no_grad():
+        for name, parameter in lm.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    state = _qwen_keys(lm.state_dict())
+    state |= {f"transformer.visual.{k}": v for k, v in visual.state_dict().items()}
+    state["transformer.rotary_emb.inv_freq"] = torch.ones(16)  # constants of older files are not read
+    model = models.build(tiny).eval()
+    weights.load(model, state, source="qwen_vl")
+    images = torch.randn(1, 1, 3, 64, 64)
+    ids, mask = model.expand(torch.tensor([[5, 6, 2, 7, 8]]))
+    with torch.no_grad():
+        x = lm.model.embed_tokens(ids)
+        x[0, 3:19] = visual(images[0])[0]
+        want = lm(inputs_embeds=x).logits
+        torch.testing.assert_close(model(images, ids, mask).logits, want, rtol=1e-4, atol=1e-4)
+    key = "transformer.visual.attn_pool.ln_kv.bias"
+    state["transformer.visual.attn_pool.more"] = state.pop(key)
+    with pytest.raises(ValueError, match=rf"missing: {key}; left over: transformer\.visual\.attn_pool\.more"):
+        weights.load(model, state, source="qwen_vl")
+
+
+def test_a_whole_file_gives_its_vision_side():
+    torch.manual_seed(8)
+    config = VisionConfig(12, 4, 24, 1, 3, 40, "gelu", 1e-6, class_token=False, any_size=True)
+    theirs, ours = Visual(4, 24, 1, 3, 40, 32, 4, 3), QwenVision(config, 3, 32, 4)
+    state = {f"transformer.visual.{k}": v for k, v in theirs.state_dict().items()}
+    state["lm_head.weight"] = torch.ones(3, 32)
+    images = torch.randn(1, 3, 12, 12)
+    weights.load(ours, state, source="qwen_vl")
+    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
+    weights.load(ours.tower, state, source="qwen_vl")  # the tower alone: what it feeds is not read
+    torch.testing.assert_close(ours.tower(images), theirs.tower(images), rtol=1e-4, atol=1e-4)
+    rows = theirs.transformer["resblocks"][0].attn.in_proj.weight
+    for head in range(3):
+        q, k, v = rows[24 * head : 24 * (head + 1)].chunk(3)
+        for n, part in enumerate((q, k, v)):
+            start = 24 * n + 8 * head
+            assert torch.equal(ours.tower.blocks[0].attention.qkv.weight[start : start + 8], part)
