@@ -113,13 +113,17 @@ def chatml_labels(
 
 
 def chatml_ids(
-    turns: Sequence[tuple[str, str]], encode: Callable[[str], list[int]], tokens: Tokens, marks: Marks
+    turns: Sequence[tuple[str, str | list[int]]],
+    encode: Callable[[str], list[int]],
+    tokens: Tokens,
+    marks: Marks,
 ) -> list[int]:
-    """Turns (role, text) as one conversation: `<turn>role`, a newline, the text, its end and a newline for each."""
+    """Turns (role, text or its ids) as one conversation: `<turn>role`, a newline, the text, its end and a newline for each."""
     ids: list[int] = []
     for role, text in turns:
         name = [marks.assistant] if role == "assistant" else encode(role)
-        ids += [marks.turn, *name, marks.newline, *encode(text), tokens.end_of_chunk, marks.newline]
+        said = encode(text) if isinstance(text, str) else text
+        ids += [marks.turn, *name, marks.newline, *said, tokens.end_of_chunk, marks.newline]
     return ids
 
 

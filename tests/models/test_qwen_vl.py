@@ -212,15 +212,10 @@ def test_bad_input_is_refused_by_name(model):
     assert model(torch.empty(0, 1, 3, 32, 32), row[:0]).logits.shape == (0, row.shape[1], 512)
 
 
-def test_the_whole_model_compiles_into_one_graph(model):
-    c = model.config  # one layer of each: the others are alike
-    model = models.build(replace(c, vision=replace(c.vision, layers=1), lm=replace(c.lm, layers=1)))
-    row, images = ids(f"a{IMAGE}bcE"), pictures(1, 1)
-    labels = models.qwen_text.text_labels(row, model.tokens, model.marks, SLOTS)
-    whole = torch.compile(model, backend="aot_eager", fullgraph=True)(images, row, row != 0, labels)
-    torch.testing.assert_close(whole.logits, model(images, row, row != 0, labels).logits)
-    whole.loss.backward()
-    assert model.vision.resampler.query.grad.any()
+def test_images_enter_the_text_in_one_graph(model):
+    row, media = ids(f"a{IMAGE}bcE"), torch.randn(1, 1, SLOTS, 128)
+    embed = torch.compile(model.embed, backend="eager", fullgraph=True)
+    assert torch.equal(embed(row, media), model.embed(row, media))
 
 
 @pytest.mark.parametrize("how", ["bfloat16", "autocast", "narrow_tower"])
