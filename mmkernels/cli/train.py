@@ -105,8 +105,18 @@ def _observer(bar: Progress, total: int) -> Callable[[dict[str, Any]], None]:
         bar.update(bar.task_ids[0], completed=record["step"], description=shown)
         if bar.disable and (record["step"] % 50 == 0 or record["step"] == total):
             bar.console.print(f"step {record['step']} of {total}: {shown}", highlight=False)
+        if "held_out" in record:
+            bar.console.print(f"after {record['stage']}:", highlight=False)
+            for line in _measured(record["held_out"]):
+                bar.console.print(f"  {line}", highlight=False, markup=False)
 
     return observe
+
+
+def _measured(figures: dict[str, Any]) -> list[str]:
+    """What was measured at a stage's end, a line each: shares, and true captions with the written ones."""
+    lines = [f"{name:32} {figures[name]:6.1%}" for name in figures if name != "captions"]
+    return lines + [f"{true!r} is captioned {written!r}" for true, written in figures.get("captions", [])]
 
 
 def _draw(out: Path) -> Path | None:
@@ -125,6 +135,9 @@ def _print(result: Result, chosen: Run, curve: Path | None) -> None:
     print(f"with the pictures shuffled    {result.shuffled:6.1%}  (chance {result.chance:.1%})")
     worst = min(result.captions, key=lambda caption: result.captions[caption])
     print(f"the hardest caption           {result.captions[worst]:6.1%}  ({worst!r})")
+    for stage, figures in result.held_out.items():
+        print(f"held out, after {stage}:")
+        print("\n".join(f"  {line}" for line in _measured(figures)))
     print(f"checkpoint  {result.checkpoint}")
     if curve:
         print(f"loss curve  {curve}")

@@ -10,9 +10,12 @@ from mmkernels.data import digits, stamps
 from mmkernels.data.dataset import Dataset as Dataset
 from mmkernels.data.dialogues import Dialogues as Dialogues
 from mmkernels.data.images import ImageError as ImageError
+from mmkernels.data.pairs import Pairs as Pairs
 from mmkernels.data.sequences import Batch as Batch
 from mmkernels.data.sequences import Sequences as Sequences
 from mmkernels.data.tokenizer import Tokenizer as Tokenizer
+from mmkernels.data.videos import VideoBatch as VideoBatch
+from mmkernels.data.videos import Videos as Videos
 
 _BUILDERS: dict[str, Callable[[], Dataset]] = {"digits": digits.build, "stamps": stamps.build}
 

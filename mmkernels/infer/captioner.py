@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from mmkernels import models
 from mmkernels.data import Tokenizer, images, store
+from mmkernels.data.pairs import INSTRUCTIONS
 from mmkernels.data.sequences import MAX_IMAGES
 from mmkernels.data.tokenizer import IMAGE
 from mmkernels.models import MultimodalModel, weights
+from mmkernels.models.qformer import Instruction
 
 Picture = str | Path | Image.Image
 
@@ -50,7 +53,10 @@ class Captioner:
         text = self._text(len(pictures), prompt)
         device = next(self.model.parameters()).device
         ids = torch.tensor([self.tokenizer.encode(text)], device=device)
-        answer = self.model.generate(self._pixels(pictures).to(device), ids, max_new_tokens=max_new_tokens)
+        places, mask = self.model.expand(ids)
+        pixels = self._pixels(pictures).to(device)
+        told: dict[str, Any] = self._instruction(prompt)
+        answer = self.model.generate(pixels, places, mask, max_new_tokens=max_new_tokens, **told)
         return self.tokenizer.decode(answer[0].tolist()).strip()
 
     def _text(self, pictures: int, prompt: str) -> str:
@@ -63,6 +69,15 @@ class Captioner:
             )
         # tokens of words hold the space before them: one at the prompt's end would belong to the next word
         return prompt.rstrip() if places else IMAGE * pictures + prompt.strip()
+
+    def _instruction(self, prompt: str) -> dict[str, Instruction]:
+        """The prompt without its pictures, for queries that read it."""
+        if not getattr(self.model.config, "instruct", False):
+            return {}
+        words = self.tokenizer.encode(prompt.replace(IMAGE, " ").strip() or INSTRUCTIONS[0])
+        return {
+            "instruction": Instruction(torch.tensor([words], device=next(self.model.parameters()).device))
+        }
 
     def _pixels(self, pictures: Sequence[Picture]) -> Tensor:
         opened = [p if isinstance(p, Image.Image) else images.load(p) for p in pictures]

@@ -2,6 +2,8 @@
 
 from mmkernels.layers.attention import KVCache as KVCache
 from mmkernels.layers.attention import rotary_table as rotary_table
+from mmkernels.layers.context_attention import ContextAttention as ContextAttention
+from mmkernels.layers.context_attention import content_tokens as content_tokens
 from mmkernels.layers.decoder import Block as Block
 from mmkernels.layers.decoder import BlockConfig as BlockConfig
 from mmkernels.layers.decoder import Decoder as Decoder
@@ -15,5 +17,8 @@ from mmkernels.layers.qformer import QFormer as QFormer
 from mmkernels.layers.qformer_layer import QFormerConfig as QFormerConfig
 from mmkernels.layers.qwen_resampler import QwenResampler as QwenResampler
 from mmkernels.layers.resampler import PerceiverResampler as PerceiverResampler
+from mmkernels.layers.t5 import T5 as T5
+from mmkernels.layers.t5 import T5Cache as T5Cache
+from mmkernels.layers.t5 import T5Config as T5Config
 from mmkernels.layers.vision import VisionConfig as VisionConfig
 from mmkernels.layers.vision import VisionTower as VisionTower

@@ -54,11 +54,16 @@ class KVCache:
         return self.k[layer, :, :end], self.v[layer, :, :end]
 
 
-def rotary_table(positions: Tensor, width: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of `position * base^(-2 r / width)`: positions `[B, T]` -> two `[B, T, 1, width / 2]`, at least float32."""
+def rotary_table(
+    positions: Tensor, width: int, base: float, dtype: torch.dtype, scaling: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of `position / scaling * base^(-2 r / width)`: positions `[B, T]` -> two `[B, T, 1, width / 2]`.
+
+    At least float32. `scaling` above 1 fits longer texts between the positions that were trained.
+    """
     dtype = torch.promote_types(dtype, torch.float32)
     steps = torch.arange(0, width, 2, dtype=dtype, device=positions.device)
-    angles = positions.to(dtype)[:, :, None, None] * base ** (-steps / width)
+    angles = (positions.to(dtype) / scaling)[:, :, None, None] * base ** (-steps / width)
     return angles.cos(), angles.sin()
 
 

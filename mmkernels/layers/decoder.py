@@ -38,10 +38,10 @@ class BlockConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A causal language model around its blocks, as the published `family` ("mpt", "gpt_neox", "llama", "qwen") builds it.
+    """A causal language model around its blocks, as the published `family` (a name of `Decoder.sources`) builds it.
 
     `positions` is "alibi", "rotary" (over `rotary_fraction` of each head), "learned" or "none"; `window` limits how far back a
-    row sees; `tied` makes the embedding the head too.
+    row sees; `tied` makes the embedding the head too. `rotary_scaling` divides rotary positions.
     """
 
     family: str
@@ -56,6 +56,7 @@ class DecoderConfig:
     window: int | None = None
     tied: bool = False
     head_bias: bool = False
+    rotary_scaling: float = 1.0
 
 
 class Block(nn.Module):
@@ -87,7 +88,7 @@ class Decoder(nn.Module):
 
     `special` are token ids whose embedding rows live apart, in `special_rows`, and can be trained while the table is frozen:
     the frozen table is then never touched by an optimizer, not even by its weight decay. With a tied head they answer for
-    these tokens' logits too. Published weights load with the source "mpt", "gpt_neox", "llama" or "qwen".
+    these tokens' logits too. Published weights load with the source "mpt", "gpt_neox", "llama", "opt" or "qwen".
     """
 
     sources = tuple(LAYOUTS)
@@ -150,7 +151,8 @@ class Decoder(nn.Module):
         rotary = slopes = None
         if c.positions == "rotary":
             width = int((c.block.head_dim or c.block.width // c.block.heads) * c.rotary_fraction)
-            rotary = rotary_table(positions, width, c.rotary_base, self.embedding.weight.dtype)
+            dtype = self.embedding.weight.dtype
+            rotary = rotary_table(positions, width, c.rotary_base, dtype, c.rotary_scaling)
         if c.positions == "alibi":
             slopes = alibi_slopes(c.block.heads, positions.device)
         return Visibility(lo, hi, rotary, slopes)

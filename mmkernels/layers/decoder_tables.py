@@ -21,6 +21,7 @@ class Layout:
     qkv: tuple[str, ...]  # theirs, joined; a single one is [q; k; v] unless `heads_first`
     up: tuple[str, ...]
     heads_first: bool = False  # rows of qkv are [q; k; v] head by head
+    positions: str = ""  # the table of learned positions, where there is one
 
 
 LAYOUTS = {
@@ -57,6 +58,16 @@ LAYOUTS = {
         ),
         qkv=("attn.c_attn",), up=("mlp.w2", "mlp.w1"),  # w2 goes through the gate's silu
     ),
+    "opt": Layout(
+        embedding="model.decoder.embed_tokens", layers="model.decoder.layers", norm="model.decoder.final_layer_norm",
+        head=("lm_head",),
+        inside=(
+            ("attention_norm", "self_attn_layer_norm"), (r"attention\.out", "self_attn.out_proj"),
+            ("mlp_norm", "final_layer_norm"), (r"mlp\.down", "fc2"),
+        ),
+        qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), up=("fc1",),
+        positions="model.decoder.embed_positions",
+    ),
 }  # fmt: skip
 
 
@@ -83,6 +94,7 @@ def decoder_table(source: str, *, heads: int, vocab: int, special: tuple[int, ..
     return Table(
         (
             *embedding_rules(f"{layout.embedding}.weight", vocab, special),
+            Rule(r"position_embedding\.weight", (f"{layout.positions}.weight",)),
             *(joined(ours, (name,)) for ours, name in layout.inside),
             joined(r"attention\.qkv", layout.qkv, layout.heads_first),
             joined(r"mlp\.up", layout.up),

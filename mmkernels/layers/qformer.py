@@ -47,6 +47,7 @@ class QFormer(nn.Module):
         if c.vocab:
             self.embedding = nn.Embedding(c.vocab, c.hidden)
             self.position_embedding = nn.Embedding(c.max_positions, c.hidden)
+        if c.vocab and c.text_head:
             self.lm_dense = nn.Linear(c.hidden, c.hidden)
             self.lm_norm = nn.LayerNorm(c.hidden, c.eps)
             self.lm_bias = nn.Parameter(torch.zeros(c.vocab))

@@ -20,7 +20,7 @@ class QFormerConfig:
     """A BERT of `layers` post-norm layers whose queries cross-attend to the image in layers 0, `cross_every`, ...
 
     `vocab=0` leaves out everything that only text needs: embeddings, the text feed-forwards and the language-model head, as
-    BLIP-2's second stage and XComposer do.
+    BLIP-2's second stage and XComposer do; `text_head=False` the head alone, as InstructBLIP and LLaMA-VID do.
     """
 
     hidden: int = 768
@@ -34,6 +34,7 @@ class QFormerConfig:
     cross_every: int = 2
     dropout: float = 0.1
     eps: float = 1e-12
+    text_head: bool = True
 
     @property
     def crossing(self) -> range:

@@ -12,6 +12,7 @@ from mmkernels.layers._published import Rule, Table
 from mmkernels.layers.attention import Visibility
 from mmkernels.layers.decoder import Block, BlockConfig
 from mmkernels.layers.decoder_tables import heads_last
+from mmkernels.layers.eva_table import EVA
 from mmkernels.layers.positions import interpolate_positions
 from mmkernels.primitives import _check
 
@@ -21,7 +22,8 @@ class VisionConfig:
     """A ViT over square images: class token, learned positions, a norm before the blocks.
 
     `post_norm` also norms the patches that come out. `class_token=False` leaves it out. With `any_size` images may have other
-    sizes, whole patches each way: the positions are stretched to them.
+    sizes, whole patches each way: the positions are stretched to them. EVA has no `pre_norm`, a `patch_bias`, and hands on its
+    class token (`keep_class`).
     """
 
     image_size: int
@@ -35,6 +37,9 @@ class VisionConfig:
     post_norm: bool = False
     class_token: bool = True
     any_size: bool = False
+    pre_norm: bool = True
+    patch_bias: bool = False
+    keep_class: bool = False
 
     @property
     def patches(self) -> int:
@@ -46,41 +51,49 @@ VIT_BIGG = VisionConfig(
     image_size=224, patch_size=14, width=1664, layers=48, heads=16, hidden=8192, activation="gelu", eps=1e-6,
     class_token=False, any_size=True,
 )  # fmt: skip
+EVA_G = VisionConfig(
+    image_size=224, patch_size=14, width=1408, layers=39, heads=16, hidden=6144, activation="gelu", eps=1e-6,
+    pre_norm=False, patch_bias=True, keep_class=True,
+)  # fmt: skip
 
 
 class VisionTower(nn.Module):
     """Images to patch tokens: `norm([class; patches] + positions)`, then the blocks; the class token stays inside.
 
     Patches are not normed on the way out unless `config.post_norm`: connectors read the last block's output.
-    **Source** CLIP (arXiv 2103.00020); weights of `huggingface_clip`, `open_clip` and `qwen_vl` load by `weights.load`.
+    **Source** CLIP (arXiv 2103.00020), EVA-CLIP (arXiv 2303.15389); weights of `huggingface_clip`, `open_clip`, `eva` and
+    `qwen_vl` load by `weights.load`.
     """
 
-    sources = ("huggingface_clip", "open_clip", "qwen_vl")
+    sources = ("huggingface_clip", "open_clip", "eva", "qwen_vl")
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         c = self.config = config
-        self.patch = nn.Linear(3 * c.patch_size**2, c.width, bias=False)
+        self.patch = nn.Linear(3 * c.patch_size**2, c.width, bias=c.patch_bias)
         self.class_token = nn.Parameter(torch.randn(c.width) * c.width**-0.5) if c.class_token else None
         self.positions = nn.Parameter(torch.randn(c.patches + c.class_token, c.width) * c.width**-0.5)
-        self.pre_norm = nn.LayerNorm(c.width, c.eps)
+        self.pre_norm = nn.LayerNorm(c.width, c.eps) if c.pre_norm else None
         block = BlockConfig(c.width, c.heads, c.hidden, activation=c.activation, eps=c.eps)
         self.blocks = nn.ModuleList(Block(block) for _ in range(c.layers))
         self.post_norm = nn.LayerNorm(c.width, c.eps) if c.post_norm else None
 
     def forward(self, images: Tensor) -> Tensor:
-        """images `[N, 3, S, S]`, normalised -> patch tokens `[N, P, C]`, row by row. **Raises** ValueError for other sizes."""
+        """images `[N, 3, S, S]`, normalised -> patch tokens `[N, P, C]`, row by row, behind the class token if it is kept.
+
+        **Raises** ValueError for other sizes.
+        """
         positions = self._positions(images)
         x = self.patch(_patchify(images.to(self.patch.weight.dtype), self.config.patch_size))
         if self.class_token is not None:
             x = torch.cat([self.class_token.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
         x = x + positions
-        x = self.pre_norm(x)
+        x = x if self.pre_norm is None else self.pre_norm(x)
         lo = torch.zeros(x.shape[:2], dtype=torch.int32, device=x.device)
         seen = Visibility(lo, torch.full_like(lo, x.shape[1]))
         for block in self.blocks:
             x = block(x, seen)
-        x = x if self.class_token is None else x[:, 1:]
+        x = x if self.class_token is None or self.config.keep_class else x[:, 1:]
         return x if self.post_norm is None else self.post_norm(x)
 
     def _positions(self, images: Tensor) -> Tensor:
@@ -102,7 +115,7 @@ class VisionTower(nn.Module):
         """Where the authors' files keep the tower's parameters."""
         if source == "qwen_vl":
             return _qwen_vl(self.config.heads)
-        return {"huggingface_clip": _HUGGINGFACE, "open_clip": _OPEN_CLIP}[source]
+        return {"huggingface_clip": _HUGGINGFACE, "open_clip": _OPEN_CLIP, "eva": EVA}[source]
 
 
 def _patchify(images: Tensor, size: int) -> Tensor:

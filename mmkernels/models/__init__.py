@@ -15,13 +15,18 @@ from mmkernels.models.base import Tokens as Tokens
 from mmkernels.models.flamingo import Flamingo as Flamingo
 from mmkernels.models.flamingo import FlamingoConfig as FlamingoConfig
 from mmkernels.models.flamingo import flamingo_labels as flamingo_labels
+from mmkernels.models.llama_vid import LlamaVid as LlamaVid
+from mmkernels.models.llama_vid import LlamaVidConfig as LlamaVidConfig
 from mmkernels.models.presets import PRESETS as _PRESETS
+from mmkernels.models.qformer import Blip2 as Blip2
+from mmkernels.models.qformer import Blip2Config as Blip2Config
+from mmkernels.models.qformer import rank_candidates as rank_candidates
 from mmkernels.models.qwen_vl import QwenVL as QwenVL
 from mmkernels.models.qwen_vl import QwenVLConfig as QwenVLConfig
 from mmkernels.models.stages import Stage as Stage
 
-Config = FlamingoConfig | QwenVLConfig
-_FAMILIES = {FlamingoConfig: Flamingo, QwenVLConfig: QwenVL}
+Config = FlamingoConfig | LlamaVidConfig | Blip2Config | QwenVLConfig
+_FAMILIES = {FlamingoConfig: Flamingo, LlamaVidConfig: LlamaVid, Blip2Config: Blip2, QwenVLConfig: QwenVL}
 
 
 def list() -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmkernels.layers.attention import KVCache
 from mmkernels.layers.decoder import Decoder
-from mmkernels.models.sampling import Sampler
+from mmkernels.models.sampling import Sampler, continue_text
 from mmkernels.primitives import _check
 
 IGNORE = -100  # the label of a position that is not predicted
@@ -54,6 +54,10 @@ class MultimodalModel(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Pictures or videos -> media tokens, the connector's output."""
         raise NotImplementedError
+
+    def expand(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """A prompt with one image token a picture -> with as many places as its media take; here one is enough."""
+        return input_ids, attention_mask
 
     def embed(self, input_ids: Tensor, media: Tensor | None) -> Tensor:
         """Token embeddings; families that splice media into the text do it here."""
@@ -179,19 +183,13 @@ class MultimodalModel(nn.Module):
         stop = (self.tokens.end_of_text, self.tokens.end_of_chunk) if stop is None else tuple(stop)
         ids, mask = pad_left(input_ids, attention_mask, self.tokens.pad)
         cache = self.new_cache(ids.shape[0], ids.shape[1] + max_new_tokens)
-        done = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
-        answer: list[Tensor] = []
-        for _ in range(max_new_tokens):
-            logits = self(images, ids, mask, media=media, cache=cache, last_only=True).logits[:, -1]
-            images = media = mask = None
-            token = torch.where(done, self.tokens.pad, sampler(logits))
-            answer.append(token)
-            for end in stop:
-                done = done | (token == end)
-            if bool(done.all()):
-                break
-            ids = token.unsqueeze(1)
-        return torch.stack(answer, dim=1)
+
+        def step(token: Tensor | None) -> Tensor:
+            if token is not None:
+                return self(None, token, cache=cache, last_only=True).logits[:, -1]
+            return self(images, ids, mask, media=media, cache=cache, last_only=True).logits[:, -1]
+
+        return continue_text(step, sampler, max_new_tokens, stop, self.tokens.pad)
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from mmkernels.layers.vision import CLIP_L, VisionConfig
 from mmkernels.models import language
 from mmkernels.models.base import Tokens
 from mmkernels.models.flamingo import CrossConfig, FlamingoConfig, ResamplerConfig
+from mmkernels.models.llama_vid_presets import LLAMA_VID
+from mmkernels.models.qformer_presets import QFORMER_MODELS
 from mmkernels.models.qwen_presets import QWEN_VL
 from mmkernels.models.stages import Stage
 
@@ -54,20 +56,24 @@ def _flamingo(lm: DecoderConfig, every: int, stage: Stage = _OPEN_FLAMINGO) -> F
     return FlamingoConfig(CLIP_L, replace(lm, vocab=_VOCAB), CrossConfig(every), _GPT_NEOX, (stage,))
 
 
-PRESETS = {
-    "flamingo-3b": _flamingo(language.MPT_1B, every=1),
-    "flamingo-4b": _flamingo(language.REDPAJAMA_3B, every=2),
-    "flamingo-9b": _flamingo(language.MPT_7B, every=4),
-    "otter-9b": _flamingo(language.MPT_7B, every=4, stage=_OTTER),
-    "flamingo-tiny": FlamingoConfig(
-        vision=VisionConfig(
-            image_size=32, patch_size=8, width=128, layers=2, heads=4, hidden=256, activation="gelu"
+PRESETS = (
+    LLAMA_VID
+    | QFORMER_MODELS
+    | QWEN_VL
+    | {
+        "flamingo-3b": _flamingo(language.MPT_1B, every=1),
+        "flamingo-4b": _flamingo(language.REDPAJAMA_3B, every=2),
+        "flamingo-9b": _flamingo(language.MPT_7B, every=4),
+        "otter-9b": _flamingo(language.MPT_7B, every=4, stage=_OTTER),
+        "flamingo-tiny": FlamingoConfig(
+            vision=VisionConfig(
+                image_size=32, patch_size=8, width=128, layers=2, heads=4, hidden=256, activation="gelu"
+            ),
+            lm=language.TINY,
+            cross=CrossConfig(every=2, heads=4, head_dim=32, ff_mult=2),
+            tokens=Tokens(image=2, end_of_chunk=3, end_of_text=1, pad=0),
+            stages=(_TOWERS, replace(_OPEN_FLAMINGO, learning_rate=4e-3, warmup=0.1, steps=350)),
+            resampler=ResamplerConfig(depth=2, heads=4, head_dim=32, latents=8, ff_mult=2, max_frames=8),
         ),
-        lm=language.TINY,
-        cross=CrossConfig(every=2, heads=4, head_dim=32, ff_mult=2),
-        tokens=Tokens(image=2, end_of_chunk=3, end_of_text=1, pad=0),
-        stages=(_TOWERS, replace(_OPEN_FLAMINGO, learning_rate=4e-3, warmup=0.1, steps=350)),
-        resampler=ResamplerConfig(depth=2, heads=4, head_dim=32, latents=8, ff_mult=2, max_frames=8),
-    ),
-    **QWEN_VL,
-}
+    }
+)

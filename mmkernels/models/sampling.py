@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -40,3 +42,26 @@ class Sampler:
                 -1, index, ordered.masked_fill(before >= self.top_p, 0)
             )
         return torch.multinomial(probabilities, 1, generator=self.generator).squeeze(1)
+
+
+def continue_text(
+    step: Callable[[Tensor | None], Tensor], sampler: Sampler, limit: int, stop: Sequence[int], pad: int
+) -> Tensor:
+    """New ids `[B, N]`, N <= limit: a row ends at a token of `stop`, which is part of it, and goes on with `pad`.
+
+    `step(token [B, 1])` gives the logits `[B, V]` that follow the token; its first call, with None, those after the prompt.
+    """
+    answer: list[Tensor] = []
+    token, done = None, None
+    for _ in range(limit):
+        logits = step(token)
+        chosen = sampler(logits)
+        done = torch.zeros_like(chosen, dtype=torch.bool) if done is None else done
+        chosen = torch.where(done, pad, chosen)
+        answer.append(chosen)
+        for end in stop:
+            done = done | (chosen == end)
+        if bool(done.all()):
+            break
+        token = chosen.unsqueeze(1)
+    return torch.stack(answer, dim=1)

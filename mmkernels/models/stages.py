@@ -15,9 +15,10 @@ class Stage:
     """One stage of a recipe. Patterns are shell patterns over parameter names; a pattern that meets nothing is an error.
 
     `losses` weighs the batches of a step, `mix` the samples drawn for them. `weight_decay` gives decay by pattern; parameters
-    that no pattern meets have none. The rate rises linearly over `warmup` steps (below 1: that share of all steps), then
-    follows `schedule`: "constant" or "cosine". Gradients are clipped to norm `clip`. `steps` is the stage's length where the
-    recipe sets one; `image_size` the side of its pictures where that is not the tower's own.
+    that no pattern meets have none, nor, unless `decay_vectors`, have those with fewer than two dimensions. The rate rises
+    linearly over `warmup` steps (below 1: that share of all steps), then follows `schedule`: "constant", or "cosine" down to
+    `floor`. `betas` are AdamW's. Gradients are clipped to norm `clip`. `steps` is the stage's length where the recipe sets one,
+    `image_size` the side of its pictures where that is not the tower's own.
     """
 
     name: str
@@ -30,6 +31,9 @@ class Stage:
     warmup: float = 0
     clip: float = 1.0
     steps: int | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
+    floor: float = 0.0
+    decay_vectors: bool = True
     image_size: int | None = None
 
     def freeze(self, model: nn.Module) -> None:
@@ -48,7 +52,8 @@ class Stage:
         groups: dict[float, list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                decay = next((d for p, d in self.weight_decay.items() if fnmatchcase(name, p)), 0.0)
+                patterns = self.weight_decay if self.decay_vectors or parameter.dim() > 1 else {}
+                decay = next((d for p, d in patterns.items() if fnmatchcase(name, p)), 0.0)
                 groups.setdefault(decay, []).append(parameter)
         return [
             {"params": params, "weight_decay": decay, "lr": self.learning_rate}

@@ -16,6 +16,7 @@ import torch
 from mmkernels import models
 from mmkernels.data import Tokenizer, store
 from mmkernels.models import Stage
+from mmkernels.train.families import known
 
 RUN = "run.json"
 
@@ -64,6 +65,8 @@ def trainable(model: str) -> None:
     """**Raises** ValueError unless the model is known and is one that starts from nothing."""
     config = models.config(model)
     tokenizer = (Tokenizer.image, Tokenizer.end_of_chunk, Tokenizer.end_of_text, Tokenizer.pad)
+    if not known(model):
+        raise ValueError(f"model {model!r}: the training loop knows other families; train one of: {_tiny()}")
     if dataclasses.astuple(config.tokens) != tokenizer or not all(stage.steps for stage in config.stages):
         raise ValueError(
             f"model {model!r} starts from published weights and their tokenizer; train one of: {_tiny()}"
@@ -71,7 +74,7 @@ def trainable(model: str) -> None:
 
 
 def _tiny() -> str:
-    return ", ".join(name for name in models.list() if name.endswith("-tiny"))
+    return ", ".join(name for name in models.list() if name.endswith("-tiny") and known(name))
 
 
 def check_folder(run: Run, out: Path, resume: str) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmkernels.data import Batch, Sequences
-from mmkernels.models import Flamingo
 
 _BATCH = 64
 
@@ -31,19 +33,38 @@ class Score:
         self.right, self.total = self.right + hit, self.total + 1
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model without dropout; afterwards as it was."""
+    before = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(before)
+
+
 @torch.no_grad()
-def last_image(model: Flamingo, sequences: Sequences, documents: int, *, shuffled: bool = False) -> Score:
+def last_image(
+    model: Any,
+    sequences: Sequences,
+    documents: int,
+    *,
+    shuffled: bool = False,
+    options: Callable[[Batch], dict[str, Any]] = lambda batch: {},
+) -> Score:
     """Scores the caption of the last picture on held-out documents.
 
     A caption is right when at each of its positions, end of chunk included, the likeliest token is the true one: exactly
     then greedy decoding would write it. `shuffled` gives every picture's place to a picture of another document: what is
-    then still right is chance, or it was the text that told it.
+    then still right is chance, or it was the text that told it. `options` gives what else the model is told of a batch.
     """
     score, device = Score(), next(model.parameters()).device
     for number in range(-(-documents // _BATCH)):
         batch = sequences.held_out(number, min(_BATCH, documents - number * _BATCH))
         pictures = shuffle(batch) if shuffled else batch.images
-        output = model(pictures.to(device), batch.input_ids.to(device), batch.attention_mask.to(device))
+        ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+        output = model(pictures.to(device), ids, mask, **options(batch))
         for caption, hit in zip(
             batch.captions.tolist(), right(output.logits.cpu(), batch).tolist(), strict=True
         ):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkernels.data import Batch, Sequences
-from mmkernels.models import Flamingo, Stage, flamingo_labels
+from mmkernels.models import Stage, flamingo_labels
 
 
 class Objectives:
@@ -19,12 +20,20 @@ class Objectives:
     number. `text`: the language model alone on the documents' text. `pairs`, `interleaved`: captions given their pictures.
     """
 
-    def __init__(self, model: Flamingo, sequences: Sequences, batch: int, device: str) -> None:
+    def __init__(self, model: Any, sequences: Sequences, batch: int, device: str) -> None:
         self.model, self.sequences, self.batch, self.device = model, sequences, batch, device
         self.head = nn.Linear(model.config.vision.width, len(sequences.dataset.captions)).to(device)
 
     def names(self) -> tuple[str, ...]:
         return ("pictures", "text", "pairs", "interleaved")
+
+    def passes(self, stage: Stage) -> list[tuple[str, ...]]:
+        """The stage's losses in groups that share a pass; a step goes backward after each."""
+        return [(name,) for name in stage.losses]
+
+    def losses(self, names: tuple[str, ...], number: int, stage: Stage) -> dict[str, Tensor]:
+        """The losses of one pass."""
+        return {name: self.loss(name, number, stage) for name in names}
 
     def loss(self, name: str, number: int, stage: Stage) -> Tensor:
         """The loss `name` on its batch `number`, of the size that the stage's mix asks for."""
@@ -39,6 +48,10 @@ class Objectives:
             return F.cross_entropy(self.head(features).float(), captions.to(self.device))
         draw = self.sequences.pairs if name == "pairs" else self.sequences.interleaved
         return self._captions(draw(number, size), chunks=name == "interleaved", see=name != "text")
+
+    def options(self, batch: Batch) -> dict[str, Any]:
+        """What else the model is told of a batch that it is tried on."""
+        return {}
 
     def parameters(self, stage: Stage) -> list[dict]:
         """The optimizer's groups: what the stage trains of the model, and the head while it is needed."""

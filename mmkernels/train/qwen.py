@@ -46,7 +46,6 @@ class QwenObjectives(Objectives):
 
     def __init__(self, model: Any, sequences: Dialogues, batch: int, device: str) -> None:
         super().__init__(model, sequences, batch, device)
-        self.model: Any = model
         self._at = cache(sequences.at)
 
     def names(self) -> tuple[str, ...]:

@@ -15,7 +15,8 @@ def learning_rate(stage: Stage, step: int, steps: int) -> float:
         return stage.learning_rate * rise
     if stage.schedule == "cosine":
         done = max(0.0, step - warmup) / max(1.0, steps - warmup)
-        return stage.learning_rate * rise * (1 + math.cos(math.pi * min(1.0, done))) / 2
+        above = (stage.learning_rate - stage.floor) * rise * (1 + math.cos(math.pi * min(1.0, done))) / 2
+        return stage.floor * rise + above
     raise ValueError(
         f"stage {stage.name!r}: schedule {stage.schedule!r} is unknown, expected 'constant' or 'cosine'"
     )

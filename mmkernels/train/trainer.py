@@ -12,7 +12,9 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,14 @@ import torch
 from torch import Tensor
 
 from mmkernels import data, models
-from mmkernels.data import Sequences, Tokenizer, store
-from mmkernels.models import Flamingo, Stage, weights
+from mmkernels.data import Tokenizer, store
+from mmkernels.models import Stage, weights
 from mmkernels.train import checkpoint, config
 from mmkernels.train.config import Run
-from mmkernels.train.evaluate import Score, last_image
+from mmkernels.train.evaluate import Score, evaluating, last_image
+from mmkernels.train.families import family
 from mmkernels.train.log import Log, read
-from mmkernels.train.objectives import Objectives
+from mmkernels.train.objectives import Objectives as Objectives
 from mmkernels.train.schedule import learning_rate
 
 HELD_OUT = 512  # documents of the closing evaluation
@@ -50,6 +53,9 @@ class Result:
     captions: dict[str, float]
     seconds: float
     checkpoint: str
+    held_out: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # by stage: what the family measures at its end
 
 
 class Trainer:
@@ -60,12 +66,11 @@ class Trainer:
         self.stages = run.stages()
         torch.manual_seed(run.seed)
         dataset = data.build(run.data)
-        model = models.build(run.model)
-        assert isinstance(model, Flamingo)  # the one family there is
-        self.model = model.to(device)
+        model: Any = models.build(run.model)
+        self.model, self.family = model.to(device), family(model.config)
         self.tokenizer = Tokenizer.train(dataset.captions, model.config.lm.vocab)
-        self.sequences = Sequences(dataset, self.tokenizer, model.config.vision.image_size, seed=run.seed)
-        self.objectives = Objectives(model, self.sequences, run.batch, device)
+        self.sequences = self.family.sequences(dataset, self.tokenizer, model.config, run.seed)
+        self.objectives = self.family.objectives(model, self.sequences, run.batch, device)
         self.step = 0
         self._enter(0)
 
@@ -85,7 +90,7 @@ class Trainer:
         self.start = sum(steps for _, steps in self.stages[:index])
         self.stage.freeze(self.model)
         self.optimizer = torch.optim.AdamW(
-            self.objectives.parameters(self.stage), lr=self.stage.learning_rate
+            self.objectives.parameters(self.stage), lr=self.stage.learning_rate, betas=self.stage.betas
         )
 
     def take_step(self) -> dict[str, Any]:
@@ -95,11 +100,11 @@ class Trainer:
         begun, number = time.perf_counter(), self.step
         rate = learning_rate(self.stage, number - self.start, self.stages[self.index][1])
         losses = {}
-        for name, weight in self.stage.losses.items():
+        for names in self.objectives.passes(self.stage):
             with self._autocast():
-                loss = self.objectives.loss(name, number, self.stage)
-            (weight * loss).backward()
-            losses[name] = loss.item()
+                found = self.objectives.losses(names, number, self.stage)
+            reduce(add, (self.stage.losses[name] * loss for name, loss in found.items())).backward()
+            losses |= {name: loss.item() for name, loss in found.items()}
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.stage.clip).item()
         if not all(map(math.isfinite, (norm, *losses.values()))):
@@ -177,8 +182,16 @@ class Trainer:
             warnings.warn(f"the curve continues, but not bit for bit: {'; '.join(changed)}", stacklevel=2)
 
     def score(self, documents: int, *, shuffled: bool = False) -> Score:
+        with self._autocast(), evaluating(self.model):
+            options = self.objectives.options
+            return last_image(self.model, self.sequences, documents, shuffled=shuffled, options=options)
+
+    def measure(self) -> dict[str, Any]:
+        """What the family measures where a stage ends; nothing elsewhere."""
+        if self.step - self.start < self.stages[self.index][1]:
+            return {}
         with self._autocast():
-            return last_image(self.model, self.sequences, documents, shuffled=shuffled)
+            return self.family.measure(self.model, self.sequences, self.stage)
 
 
 def train(
@@ -215,6 +228,9 @@ def _loop(trainer: Trainer, log: Log, observe: Callable[[dict[str, Any]], None])
     total = trainer.run.total()
     while trainer.step < total:
         record = trainer.take_step()
+        measured = trainer.measure()
+        if measured:
+            record["held_out"] = measured
         log.append(record)
         observe(record)
         if trainer.step % trainer.save_every == 0 or trainer.step == total:
@@ -235,4 +251,5 @@ def _evaluate(trainer: Trainer) -> Result:
         captions={caption: right / total for caption, (right, total) in sorted(score.captions.items())},
         seconds=round(sum(record["seconds"] for record in records), 1),
         checkpoint=str(store.checkpoint(trainer.out, trainer.step)),
+        held_out={record["stage"]: record["held_out"] for record in records if "held_out" in record},
     )

@@ -1,4 +1,4 @@
-"""Against Hugging Face's MPT, GPT-NeoX, LLaMA and CLIP at small sizes: logits, patch tokens and every gradient."""
+"""Against Hugging Face's MPT, GPT-NeoX, LLaMA, OPT and CLIP at small sizes: logits, patch tokens and every gradient."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from mmkernels import weights
 from mmkernels.layers import BlockConfig, Decoder, DecoderConfig, VisionConfig, VisionTower
-from mmkernels.models.language import LLAMA_7B, MPT_7B, REDPAJAMA_3B
+from mmkernels.models.language import LLAMA_7B, MPT_7B, OPT_2_7B, REDPAJAMA_3B
 
 transformers = pytest.importorskip("transformers")
 TOLERANCE = {torch.float64: 3e-6, torch.float32: 5e-5}  # theirs takes softmax, ALiBi and angles in float32
@@ -50,6 +50,11 @@ def _llama():
     return transformers.LlamaForCausalLM(config), "llama", _small(LLAMA_7B, hidden=64, kv_heads=2)
 
 
+def _opt():
+    config = transformers.OPTConfig(**SMALL, ffn_dim=192, dropout=0.0)
+    return transformers.OPTForCausalLM(config), "opt", replace(_small(OPT_2_7B), max_positions=64)
+
+
 class _Logits(torch.nn.Module):
     """A decoder run as a language model: what families do, with nothing between the blocks."""
 
@@ -68,7 +73,7 @@ class _Logits(torch.nn.Module):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("special", [(), (3, 7)], ids=["one_table", "special_rows"])
-@pytest.mark.parametrize("make", [_mpt, _gpt_neox, _llama])
+@pytest.mark.parametrize("make", [_mpt, _gpt_neox, _llama, _opt])
 def test_decoder(agree, make, special, dtype):
     """Six heads: ALiBi slopes of a count that is no power of two. One row has padding on its left, one on its right."""
     torch.manual_seed(0)

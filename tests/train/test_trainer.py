@@ -191,6 +191,7 @@ def test_steps_are_shared_in_the_recipes_proportions():
     ("choices", "why"),
     [
         ({"model": "flamingo-tyni"}, "did you mean 'flamingo-tiny'"),
+        ({"model": "llama-vid-tiny"}, "knows other families; train one of: flamingo-tiny"),
         ({"model": "flamingo-3b"}, "published weights.*train one of: flamingo-tiny"),
         ({"steps": 0}, "steps: got 0"),
         ({"batch": 0}, "batch: got 0"),

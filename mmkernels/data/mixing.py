@@ -1,0 +1,44 @@
+"""From which of several datasets the next batch comes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+
+def square_root(sizes: Mapping[str, float]) -> dict[str, float]:
+    """`p_d = sqrt(S_d) / sum_i sqrt(S_i)`: small sets are seen more often than their share, large ones less.
+
+    **Raises** ValueError for no sets and for sizes below 0 or all 0. **Source** InstructBLIP (arXiv 2305.06500).
+    """
+    _check(sizes, "sizes")
+    return explicit({name: size**0.5 for name, size in sizes.items()})
+
+
+def explicit(ratios: Mapping[str, float]) -> dict[str, float]:
+    """Given ratios, made to sum to 1. **Raises** ValueError for none, and for ratios below 0 or all 0."""
+    _check(ratios, "ratios")
+    total = sum(ratios.values())
+    return {name: ratio / total for name, ratio in ratios.items()}
+
+
+class Mixture:
+    """Draws a set for every batch by fixed odds. Draws are numbered: draw `number` of a seed is always the same."""
+
+    def __init__(self, odds: Mapping[str, float], *, seed: int = 0) -> None:
+        self.odds, self.seed = explicit(odds), seed
+        self._names = sorted(self.odds)
+        self._ends = np.cumsum([self.odds[name] for name in self._names])
+
+    def draw(self, number: int) -> str:
+        """The set that batch `number` comes from."""
+        point = np.random.default_rng((self.seed, number)).random() * self._ends[-1]
+        return self._names[int(np.searchsorted(self._ends, point, side="right"))]
+
+
+def _check(values: Mapping[str, float], what: str) -> None:
+    wrong = [name for name, value in values.items() if not 0 <= value < float("inf")]
+    if wrong or not any(values.values()):
+        came = f"{wrong[0]!r}: {values[wrong[0]]}" if wrong else dict(values)
+        raise ValueError(f"{what}: got {came}, expected numbers of 0 or more, one above 0 at least")

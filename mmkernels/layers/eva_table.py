@@ -1,0 +1,40 @@
+"""Where EVA-CLIP's file, as BLIP-2 and LLaMA-VID release it, keeps the tower's parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmkernels.layers._published import Rule, Table
+
+_BLOCK = {
+    "attention_norm": "norm1", r"attention\.out": "attn.proj", "mlp_norm": "norm2", r"mlp\.up": "mlp.fc1",
+    r"mlp\.down": "mlp.fc2",
+}  # fmt: skip
+
+
+def _qkv_bias(joined: Tensor) -> Tensor:
+    """Keys have none: one bias for all keys would shift a row's scores alike, and softmax forgets it."""
+    q, v = joined.chunk(2)
+    return torch.cat([q, torch.zeros_like(q), v])
+
+
+EVA = Table(
+    (
+        Rule(r"patch\.weight", ("patch_embed.proj.weight",), lambda t: t.flatten(1)),
+        Rule(r"patch\.bias", ("patch_embed.proj.bias",)),
+        Rule("class_token", ("cls_token",), lambda t: t.flatten()),
+        Rule("positions", ("pos_embed",), lambda t: t.flatten(0, 1)),
+        Rule(r"blocks\.(\d+)\.attention\.qkv\.weight", ("blocks.{0}.attn.qkv.weight",)),
+        Rule(
+            r"blocks\.(\d+)\.attention\.qkv\.bias",
+            ("blocks.{0}.attn.q_bias", "blocks.{0}.attn.v_bias"),
+            _qkv_bias,
+        ),
+        *(
+            Rule(rf"blocks\.(\d+)\.{ours}\.(\w+)", (f"blocks.{{0}}.{theirs}.{{1}}",))
+            for ours, theirs in _BLOCK.items()
+        ),
+    ),
+    ignored=(r"(norm|fc_norm|head)\..*", r"blocks\.39\..*"),  # what follows the block that is read
+)

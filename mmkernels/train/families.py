@@ -1,0 +1,57 @@
+"""What training must know of a family of models: its batches, its losses, and what is measured when a stage ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mmkernels import models
+from mmkernels.data import Dataset, Pairs, Sequences, Tokenizer
+from mmkernels.models import Blip2Config, FlamingoConfig, QwenVLConfig, Stage
+from mmkernels.train import qformer, qwen
+from mmkernels.train.objectives import Objectives
+
+
+def _nothing(model: Any, sequences: Any, stage: Stage) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Family:
+    """`measure(model, sequences, stage)` gives the figures that go to the log with a stage's last step."""
+
+    sequences: Callable[[Dataset, Tokenizer, Any, int], Sequences]
+    objectives: type[Objectives] = Objectives
+    measure: Callable[[Any, Any, Stage], dict[str, Any]] = _nothing
+
+
+def _sequences(dataset: Dataset, tokenizer: Tokenizer, config: Any, seed: int) -> Sequences:
+    return Sequences(dataset, tokenizer, config.vision.image_size, seed=seed)
+
+
+def _pairs(dataset: Dataset, tokenizer: Tokenizer, config: Blip2Config, seed: int) -> Pairs:
+    return Pairs(
+        dataset,
+        tokenizer,
+        config.vision.image_size,
+        seed=seed,
+        places=config.image_tokens,
+        asks=config.instruct,
+    )
+
+
+_FAMILIES = {
+    FlamingoConfig: Family(_sequences),
+    Blip2Config: Family(_pairs, qformer.QFormerObjectives, qformer.measure),
+    QwenVLConfig: Family(qwen.dialogues, qwen.QwenObjectives),
+}
+
+
+def known(model: str) -> bool:
+    """Whether the training loop knows the model's family."""
+    return type(models.config(model)) in _FAMILIES
+
+
+def family(config: Any) -> Family:
+    return _FAMILIES[type(config)]
