@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
 from mmkernels.data.dataset import Dataset
 from mmkernels.data.sequences import MAX_IMAGES, Batch, Sequences, _Document
 from mmkernels.data.tokenizer import Tokenizer
 
 Talk = Callable[[list[int]], tuple[list[int], int]]
-_INSTRUCTIONS, _HELD_OUT = 16, 17  # streams of random numbers, beside those of `Sequences`
+_INSTRUCTIONS, _HELD_OUT, _ECHOES = 16, 17, 18  # streams of random numbers, beside those of `Sequences`
 
 
 class Dialogues(Sequences):
@@ -41,6 +42,25 @@ class Dialogues(Sequences):
     def instructions(self, number: int, batch: int) -> Batch:
         """One conversation about one picture a row; its answer is the caption, with the end of its chunk."""
         return self._conversations(self._rng(_INSTRUCTIONS, number), batch, held_out=False)
+
+    def echoes(self, number: int, batch: int) -> Batch:
+        """Captions behind as many places as a picture takes, which hold the caption's own words, somewhere, and no picture.
+
+        What learns to go on from there obeys what it is shown.
+        """
+        rng, rows, places = self._rng(_ECHOES, number), [], 1 + len(self.after)
+        captions = torch.from_numpy(rng.integers(len(self._chunks), size=batch))
+        for caption in captions.tolist():
+            chunk, before = self._chunks[caption], [self.after[0]] * places
+            words = chunk[:-1][:places]
+            start = int(rng.integers(places - len(words) + 1))
+            before[start : start + len(words)] = words
+            rows.append(torch.tensor([*before, *chunk, self.tokenizer.end_of_text]))
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad)
+        answers = torch.tensor([[places, places + len(self._chunks[c])] for c in captions.tolist()])
+        return Batch(
+            torch.zeros(batch, 0, 3, self.size, self.size), ids, ids != self.tokenizer.pad, answers, captions
+        )
 
     def held_out(self, number: int, batch: int) -> Batch:
         """Conversations about pictures that training never draws."""

@@ -47,10 +47,10 @@ _CHAT = Stage(
     image_size=448,
 )
 _TOWERS = Stage(
-    "towers",  # no published part is this small: the tower learns to name pictures, the language model to write captions
+    "towers",  # no published part is this small: the tower learns to name pictures, the language model to write what it sees
     trainable=("vision.tower.*", "lm.*"),
-    losses={"pictures": 1.0, "text": 1.0},
-    mix={"pictures": 4.0, "text": 1.0},
+    losses={"pictures": 1.0, "echoes": 1.0},
+    mix={"pictures": 2.0, "echoes": 1.0},
     learning_rate=2e-3,
     schedule="cosine",
     warmup=0.2,
@@ -86,8 +86,8 @@ QWEN_VL = {
         marks=Marks(image_end=507, slot=508, turn=509, newline=510, assistant=511),  # above what captions need
         stages=(
             _TOWERS,
-            _small(_PRETRAIN, {"pairs": 1.0}, 2e-3, 150, 32),
-            _small(_MULTITASK, {"pairs": 1.0, "interleaved": 1.0}, 1e-3, 100, 64),
+            _small(_PRETRAIN, {"pairs": 1.0}, 4e-3, 200, 32),
+            _small(_MULTITASK, {"pairs": 1.0, "interleaved": 1.0}, 1e-3, 50, 64),
             _small(_CHAT, {"instructions": 1.0}, 5e-4, 50, 64),
         ),
     ),

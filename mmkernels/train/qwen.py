@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmkernels.data import Dataset, Dialogues, Tokenizer
 from mmkernels.models import QwenVLConfig, Stage
+from mmkernels.models.base import IGNORE
 from mmkernels.models.qwen_text import chatml_ids, chatml_labels, text_labels
 from mmkernels.train.objectives import Objectives
 
@@ -40,8 +41,8 @@ def dialogues(dataset: Dataset, tokenizer: Tokenizer, config: QwenVLConfig, seed
 class QwenObjectives(Objectives):
     """The losses that Qwen-VL's stages name, each with pictures of the stage's size.
 
-    `pictures` as for other families; `text`: captions alone; `pairs`, `interleaved`: all text around the pictures;
-    `instructions`: the assistant's turns of conversations, and the frame of every turn.
+    `pictures` as for other families; `echoes`: captions behind their own words; `pairs`, `interleaved`: all text around
+    the pictures; `instructions`: the assistant's turns of conversations, and the frame of every turn.
     """
 
     def __init__(self, model: Any, sequences: Dialogues, batch: int, device: str) -> None:
@@ -49,7 +50,7 @@ class QwenObjectives(Objectives):
         self._at = cache(sequences.at)
 
     def names(self) -> tuple[str, ...]:
-        return ("pictures", "text", "pairs", "interleaved", "instructions")
+        return ("pictures", "echoes", "pairs", "interleaved", "instructions")
 
     def loss(self, name: str, number: int, stage: Stage) -> Tensor:
         """The loss `name` on its batch `number`, of the size that the stage's mix asks for."""
@@ -62,15 +63,12 @@ class QwenObjectives(Objectives):
             pixels, captions = drawn.pictures(number, size)
             features = self.model.vision.tower(pixels.to(self.device)).mean(1)
             return F.cross_entropy(self.head(features).float(), captions.to(self.device))
-        batch = getattr(drawn, "pairs" if name == "text" else name)(number, size)
-        ids, mask = batch.input_ids.to(self.device), batch.attention_mask.to(self.device)
-        if name == "text":  # a pair begins with its picture
-            start = config.slots + 2
-            ids, mask, images = ids[:, start:], mask[:, start:], None
-        else:
-            images = batch.images.to(self.device)
+        batch = getattr(drawn, name)(number, size)
+        ids, mask, images = (x.to(self.device) for x in (batch.input_ids, batch.attention_mask, batch.images))
         if name == "instructions":
             labels = chatml_labels(ids, config.tokens, config.marks, mask)
         else:
             labels = text_labels(ids, config.tokens, config.marks, config.slots, mask)
+        if name == "echoes":  # what stands in a picture's place is not predicted
+            labels[:, : config.slots + 2] = IGNORE
         return self.model(images, ids, mask, labels).loss

@@ -8,6 +8,7 @@ import torch
 from mmkernels import data, models
 from mmkernels.data import Tokenizer
 from mmkernels.models import Stage
+from mmkernels.train import Run, Trainer
 from mmkernels.train.evaluate import last_image
 from mmkernels.train.qwen import QwenObjectives, dialogues
 
@@ -79,6 +80,14 @@ def test_batches_are_what_the_model_reads(lesson):
         same.images, other.images
     )
     assert not torch.equal(same.images, drawn.held_out(0, 3).images)
+    echo = drawn.echoes(0, 4)
+    assert echo.images.shape == (4, 0, 3, 64, 64)
+    for row, (start, end), caption in zip(
+        echo.input_ids.tolist(), echo.answers.tolist(), echo.captions.tolist(), strict=True
+    ):
+        text = drawn.tokenizer.decode(row[start:end])
+        shown = [token for token in row[:start] if token != lesson.model.marks.slot]
+        assert start == 18 and text == drawn.dataset.captions[caption] == drawn.tokenizer.decode(shown)
 
 
 def test_a_conversation_is_predicted_where_the_assistant_speaks(lesson):
@@ -96,9 +105,22 @@ def test_a_conversation_is_predicted_where_the_assistant_speaks(lesson):
 
 
 def test_what_a_stage_may_not_name_is_refused(lesson):
-    with pytest.raises(ValueError, match="loss 'songs' is unknown, expected one of pictures, text"):
+    with pytest.raises(ValueError, match="loss 'songs' is unknown, expected one of pictures, echoes"):
         lesson.loss("songs", 0, lesson.model.stages()[0])
     tokenizer = Tokenizer.train(["".join(map(chr, range(300, 900)))] * 2, 600)
     config = lesson.model.config
     with pytest.raises(ValueError, match=r"data: its captions have \d+ tokens, expected at most 507"):
         dialogues(data.build("digits"), tokenizer, config, 0)
+
+
+def test_the_training_loop_goes_through_the_stages(tmp_path):
+    trainer = Trainer(Run(model="qwen_vl-tiny", steps=9, batch=1), tmp_path / "run")
+    records = [trainer.take_step() for _ in range(trainer.run.total())]
+    names = [stage.name for stage in trainer.model.stages()]
+    assert sorted({r["stage"] for r in records}, key=names.index) == names
+    assert trainer.score(2).total == 2
+    trainer.save()
+    again = Trainer(trainer.run, trainer.out)
+    again.resume()
+    state = trainer.model.state_dict()
+    assert again.step == 9 and all(torch.equal(v, state[k]) for k, v in again.model.state_dict().items())
