@@ -11,8 +11,11 @@ from mmkernels.layers.decoder import DecoderConfig as DecoderConfig
 from mmkernels.layers.gated_cross_attention import GatedCrossAttentionBlock as GatedCrossAttentionBlock
 from mmkernels.layers.gated_cross_attention import project_media_all as project_media_all
 from mmkernels.layers.mlp import MLP as MLP
+from mmkernels.layers.positions import interpolate_positions as interpolate_positions
+from mmkernels.layers.positions import sincos_positions as sincos_positions
 from mmkernels.layers.qformer import QFormer as QFormer
 from mmkernels.layers.qformer_layer import QFormerConfig as QFormerConfig
+from mmkernels.layers.qwen_resampler import QwenResampler as QwenResampler
 from mmkernels.layers.resampler import PerceiverResampler as PerceiverResampler
 from mmkernels.layers.t5 import T5 as T5
 from mmkernels.layers.t5 import T5Cache as T5Cache

@@ -101,7 +101,10 @@ class Decoder(nn.Module):
         self.special = special
         self.embedding = nn.Embedding(c.vocab, c.block.width)
         nn.init.normal_(self.embedding.weight, std=0.02)
-        self.special_rows = nn.Parameter(torch.empty(len(special), c.block.width).normal_(std=0.02))
+        rows = torch.empty(len(special), c.block.width).normal_(std=0.02)
+        self.special_rows = (
+            nn.Parameter(rows) if special else None
+        )  # an unused parameter would stop a distributed step
         if c.positions == "learned":
             self.position_embedding = nn.Embedding(c.max_positions + c.position_offset, c.block.width)
             nn.init.normal_(self.position_embedding.weight, std=0.02)
@@ -118,7 +121,8 @@ class Decoder(nn.Module):
     def embed(self, ids: Tensor) -> Tensor:
         """`[B, T]` ids -> `[B, T, C]`."""
         x = self.embedding(ids)
-        for row, token in zip(self.special_rows, self.special, strict=True):
+        rows = () if self.special_rows is None else self.special_rows
+        for row, token in zip(rows, self.special, strict=True):
             x = torch.where((ids == token).unsqueeze(-1), row, x)
         return x
 
@@ -160,7 +164,7 @@ class Decoder(nn.Module):
         if self.head is not None:
             return self.head(x)
         logits = F.linear(x, self.embedding.weight)
-        if not self.special:
+        if self.special_rows is None:
             return logits
         index = torch.tensor(self.special, device=x.device)
         return logits.index_copy_(-1, index, F.linear(x, self.special_rows))

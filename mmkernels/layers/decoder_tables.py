@@ -101,7 +101,7 @@ def decoder_table(source: str, *, heads: int, vocab: int, special: tuple[int, ..
     at, theirs = r"blocks\.(\d+)\.", f"{layout.layers}.{{0}}."
 
     def joined(ours: str, names: tuple[str, ...], heads_first: bool = False) -> Rule:
-        view = (lambda t: _heads_last(t, heads)) if heads_first else None
+        view = (lambda t: heads_last(t, heads)) if heads_first else None
         return Rule(rf"{at}{ours}\.(\w+)", tuple(f"{theirs}{name}.{{1}}" for name in names), view)
 
     def rows(t: Tensor) -> Tensor:
@@ -124,6 +124,6 @@ def decoder_table(source: str, *, heads: int, vocab: int, special: tuple[int, ..
     )
 
 
-def _heads_last(rows: Tensor, heads: int) -> Tensor:
+def heads_last(rows: Tensor, heads: int) -> Tensor:
     """[H (3 D), ...] -> [3 H D, ...]: from q, k, v of each head to all q, all k, all v."""
     return rows.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)

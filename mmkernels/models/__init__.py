@@ -23,14 +23,17 @@ from mmkernels.models.qformer import Blip2Config as Blip2Config
 from mmkernels.models.qformer import rank_candidates as rank_candidates
 from mmkernels.models.qformer_seq2seq import Blip2Seq2Seq as Blip2Seq2Seq
 from mmkernels.models.qformer_seq2seq import Blip2Seq2SeqConfig as Blip2Seq2SeqConfig
+from mmkernels.models.qwen_vl import QwenVL as QwenVL
+from mmkernels.models.qwen_vl import QwenVLConfig as QwenVLConfig
 from mmkernels.models.stages import Stage as Stage
 
-Config = FlamingoConfig | LlamaVidConfig | Blip2Config
+Config = FlamingoConfig | LlamaVidConfig | Blip2Config | QwenVLConfig
 _FAMILIES = {
     FlamingoConfig: Flamingo,
     LlamaVidConfig: LlamaVid,
     Blip2Config: Blip2,
     Blip2Seq2SeqConfig: Blip2Seq2Seq,
+    QwenVLConfig: QwenVL,
 }
 
 

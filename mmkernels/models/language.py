@@ -91,3 +91,4 @@ PERSIMMON_8B = DecoderConfig(
     rotary_base=25_000.0, rotary_fraction=0.5,
 )  # fmt: skip
 TINY = replace(_mpt(128, 4, 4), vocab=512)
+TINY_QWEN = replace(_qwen(128, 4, 4, 256), vocab=512)

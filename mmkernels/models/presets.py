@@ -11,6 +11,7 @@ from mmkernels.models.base import Tokens
 from mmkernels.models.flamingo import CrossConfig, FlamingoConfig, ResamplerConfig
 from mmkernels.models.llama_vid_presets import LLAMA_VID
 from mmkernels.models.qformer_presets import QFORMER_MODELS
+from mmkernels.models.qwen_presets import QWEN_VL
 from mmkernels.models.stages import Stage
 
 # the released models add three tokens to the 50,277 of the GPT-NeoX tokenizer and cut the padded tables to them
@@ -58,6 +59,7 @@ def _flamingo(lm: DecoderConfig, every: int, stage: Stage = _OPEN_FLAMINGO) -> F
 PRESETS = (
     LLAMA_VID
     | QFORMER_MODELS
+    | QWEN_VL
     | {
         "flamingo-3b": _flamingo(language.MPT_1B, every=1),
         "flamingo-4b": _flamingo(language.REDPAJAMA_3B, every=2),

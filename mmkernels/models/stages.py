@@ -17,7 +17,8 @@ class Stage:
     `losses` weighs the batches of a step, `mix` the samples drawn for them. `weight_decay` gives decay by pattern; parameters
     that no pattern meets have none, nor, unless `decay_vectors`, have those with fewer than two dimensions. The rate rises
     linearly over `warmup` steps (below 1: that share of all steps), then follows `schedule`: "constant", or "cosine" down to
-    `floor`. `betas` are AdamW's. Gradients are clipped to norm `clip`. `steps` is the stage's length where the recipe sets one.
+    `floor`. `betas` are AdamW's. Gradients are clipped to norm `clip`. `steps` is the stage's length where the recipe sets one,
+    `image_size` the side of its pictures where that is not the tower's own.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Stage:
     betas: tuple[float, float] = (0.9, 0.999)
     floor: float = 0.0
     decay_vectors: bool = True
+    image_size: int | None = None
 
     def freeze(self, model: nn.Module) -> None:
         """Makes exactly this stage's parameters trainable."""

@@ -8,8 +8,8 @@ from typing import Any
 
 from mmkernels import models
 from mmkernels.data import Dataset, Pairs, Sequences, Tokenizer, Videos
-from mmkernels.models import Blip2Config, FlamingoConfig, LlamaVidConfig, Stage
-from mmkernels.train import qformer, video
+from mmkernels.models import Blip2Config, FlamingoConfig, LlamaVidConfig, QwenVLConfig, Stage
+from mmkernels.train import qformer, qwen, video
 from mmkernels.train.objectives import Objectives
 
 
@@ -50,6 +50,7 @@ _FAMILIES = {
     FlamingoConfig: Family(_sequences),
     Blip2Config: Family(_pairs, qformer.QFormerObjectives, qformer.measure),
     LlamaVidConfig: Family(_videos, video.VideoObjectives, video.measure),
+    QwenVLConfig: Family(qwen.dialogues, qwen.QwenObjectives),
 }
 
 
