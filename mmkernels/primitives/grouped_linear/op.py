@@ -178,11 +178,11 @@ def _check_arguments(inputs: tuple[Any, ...], activation: str, rows: int | None)
     m = x.shape[0] if gather is None else gather.shape[0]
     if rows is not None and rows < 0:
         raise ValueError(f"rows: got {rows}, expected a number of rows")
-    rows = m if rows is None else rows
+    outs = m if rows is None else rows
     for name, value in {"gather": gather, "scatter": scatter, "row_scale": row_scale}.items():
         if value is not None and tuple(value.shape) != (m,):
             raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [{m}]")
-    shape = (rows, out_width(weight, activation))
+    shape = (outs, out_width(weight, activation))
     if residual is not None and tuple(residual.shape) != shape:
         raise ValueError(f"residual: got shape {tuple(residual.shape)}, expected {list(shape)}")
     _check.dtypes(_check.FLOATS, x=x, weight=weight, bias=bias, lora_a=a, lora_b=b)
@@ -193,4 +193,4 @@ def _check_arguments(inputs: tuple[Any, ...], activation: str, rows: int | None)
         x=x, weight=weight, counts=counts, gather=gather, scatter=scatter, bias=bias, row_scale=row_scale,
         residual=residual, lora_a=a, lora_b=b, lora_counts=lora_counts,
     )  # fmt: skip
-    return rows
+    return outs
