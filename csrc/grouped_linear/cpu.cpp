@@ -34,26 +34,29 @@ std::vector<RowsOfGroup> parts_of(const int32_t* counts, int64_t groups, int64_t
   return parts;
 }
 
-// x[index[i]] weight[group of i]^T in float for the rows i in [begin, end): [end - begin, N]. A row of no
-// group or without a place in x is 0.
-Tensor grouped_rows(const Tensor& x, const Tensor& weight, const Tensor& counts,
-                    const std::optional<Tensor>& index, int64_t begin, int64_t end) {
+// out[i - begin] = x[index[i]] weight[group of i]^T in float for the rows i in [begin, end); a row without a
+// place in x counts as 0.
+void grouped_rows(const Tensor& x, const Tensor& weight, const Tensor& counts,
+                  const std::optional<Tensor>& index, int64_t begin, int64_t end, Tensor& out) {
+  const int64_t m = end - begin;
   STD_TORCH_CHECK(
       x.dim() == 2 && weight.dim() == 3 && x.size(1) == weight.size(2) && counts.size(0) == weight.size(0),
       "x, weight, counts: expected [R, C], [E, N, C], [E]");
+  STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == m && out.size(1) == weight.size(1) &&
+                      out.scalar_type() == ScalarType::Float && (out.size(1) < 2 || out.stride(1) == 1),
+                  "out: expected float32 rows of ", weight.size(1), " numbers");
   GroupedRows p{};
   const Tensor rows = unit_rows(x), w = unit_rows(weight);
   p.dtype = dtype_of(weight, "weight");
   STD_TORCH_CHECK(dtype_of(x, "x") == p.dtype, "x: expected weight's dtype");
   p.weight = w.data_ptr(), p.group = w.stride(0), p.row = w.stride(1), p.N = w.size(1), p.C = w.size(2);
-  const int64_t m = end - begin, ldx = padded_channels(p.C), size[] = {m, p.N};
+  const int64_t ldx = padded_channels(p.C);
   const int32_t* read = index ? ints(*index, "index") : nullptr;
   STD_TORCH_CHECK(m >= 0 && begin >= 0 && end <= (index ? index->size(0) : x.size(0)),
                   "begin, end: past the rows");
-  Tensor out = torch::stable::new_zeros(x, size, ScalarType::Float);
   Tensor packed = floats(x, m * ldx);
   float* to = static_cast<float*>(packed.data_ptr());
-  p.x = to, p.out = static_cast<float*>(out.data_ptr());
+  p.x = to, p.out = static_cast<float*>(out.data_ptr()), p.out_row = out.stride(0);
   for (int64_t i = 0; i < m; ++i, to += ldx) {
     const int64_t r = read ? read[begin + i] : begin + i;
     if (r >= 0 && r < x.size(0))
@@ -69,7 +72,6 @@ Tensor grouped_rows(const Tensor& x, const Tensor& weight, const Tensor& counts,
     const int64_t n0 = task % blocks * step, n1 = n0 + step < p.N ? n0 + step : p.N;
     MMKERNELS_CALL(multiply, p, parts[task / blocks], n0, n1);
   });
-  return out;
 }
 
 }  // namespace

@@ -59,8 +59,8 @@ static void strip(const GroupedRows& p, const typename T::type* w, const float* 
   const int64_t ldx = padded_channels(p.C);
   int64_t n = 0;
   for (; n + step <= rows; n += step)
-    tile<T, M, step>(w + n * p.row, p.row, x, ldx, depth, out + n, p.N, add);
-  for (; n < rows; ++n) tile<T, M, 1>(w + n * p.row, p.row, x, ldx, depth, out + n, p.N, add);
+    tile<T, M, step>(w + n * p.row, p.row, x, ldx, depth, out + n, p.out_row, add);
+  for (; n < rows; ++n) tile<T, M, 1>(w + n * p.row, p.row, x, ldx, depth, out + n, p.out_row, add);
 }
 
 template <class T>
@@ -71,7 +71,7 @@ static void block(const GroupedRows& p, const RowsOfGroup& rows, int64_t n0, int
     const int64_t depth = p.C - c < piece ? p.C - c : piece;
     for (int64_t r = 0; r < rows.rows; r += kTileX) {
       const float* x = p.x + (rows.first + r) * ldx + c;
-      float* out = p.out + (rows.first + r) * p.N + n0;
+      float* out = p.out + (rows.first + r) * p.out_row + n0;
       const int64_t left = rows.rows - r;
       if (left >= 4)
         strip<T, 4>(p, w + c, x, n1 - n0, depth, out, c > 0);

@@ -12,7 +12,8 @@ struct GroupedRows {
   int64_t N, C;
   Dtype dtype;     // of weight and x
   const float* x;  // [M, padded_channels], zeros past C
-  float* out;      // [M, N]
+  float* out;      // [M, N], unit last stride
+  int64_t out_row;
 };
 
 // Rows [first, first + rows) of x go through the weights of one group.

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,7 @@ WIDE_BLOCK = 1 << 21  # elements of a weight that are widened at once
 
 KERNEL = "grouped_rows__cpu"
 LIBRARY.define(
-    f"{KERNEL}(Tensor x, Tensor weight, Tensor counts, Tensor? index, int begin, int end) -> Tensor"
+    f"{KERNEL}(Tensor x, Tensor weight, Tensor counts, Tensor? index, int begin, int end, Tensor(a!) out) -> ()"
 )
 
 
@@ -90,12 +91,14 @@ def multiply_back(dy: Tensor, weight: Tensor, out: Tensor) -> None:
 def _product(w: Weights, rows: Rows, piece: Piece, index: Tensor | None, target: Tensor | None) -> Tensor:
     """The piece's rows times their groups' weights [m, N], wide, in `target` where that is given."""
     _, start, stop = piece
+    found = target
+    if found is None:
+        found = w.x.new_empty((stop - start, w.weight.shape[1]), dtype=w.wide)
     if piece.group < 0:
-        kernel = getattr(torch.ops.mmkernels, KERNEL)
-        found = kernel(w.x, w.weight, rows.counts.to(torch.int32), index, start, stop)
+        kernel = getattr(torch.ops.mmkernels, KERNEL).default
+        kernel(w.x, w.weight, torch.from_numpy(rows.counts.astype(np.int32)), index, start, stop, found)
     else:
         a = pick(w.x, place(rows.read, start, stop), operand_dtype(w.x))
-        found = a.new_empty((stop - start, w.weight.shape[1]), dtype=w.wide) if target is None else target
         multiply(a, w.weight[piece.group], found)
     if w.bias is not None:
         for group, own in parts(rows.counts, start, stop):
@@ -133,7 +136,7 @@ def forward(
     make = torch.empty if kept.used == rows else torch.zeros
     out = make((rows, width), dtype=x.dtype if residual is None else residual.dtype)
     h = (torch.empty if kept.used == m else torch.zeros)((m if keep else 0, n), dtype=x.dtype)
-    index = None if kept.read is None else kept.read.to(torch.int32)
+    index = None if kept.read is None else torch.from_numpy(kept.read.astype(np.int32))
     for piece in pieces(kept, few_of(x), CHUNK):
         at, to = (place(i, piece.start, piece.stop) for i in (kept.at, kept.write))
         target = _target(h if keep else out, at if keep else to, w.wide, keep or not activation)

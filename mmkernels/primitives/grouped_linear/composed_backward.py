@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,7 +84,7 @@ def _empty_grads(inputs: tuple[Tensor | None, ...], needs: list[bool], kept: Row
     x = inputs[0]
     assert x is not None
     wide = torch.promote_types(x.dtype, torch.float32)
-    adds = kept.read is not None and kept.used > 0 and int(torch.bincount(kept.read).max()) > 1
+    adds = kept.read is not None and kept.used > 0 and int(np.bincount(kept.read).max()) > 1
     filled = {0: kept.used == len(x) and not adds, 1: True, 4: kept.used == rows}
     once = {0: not adds, 1: int(kept.counts.max()) <= CHUNK, 4: True}  # written once: no sum to keep wide
 
@@ -96,7 +97,7 @@ def _empty_grads(inputs: tuple[Tensor | None, ...], needs: list[bool], kept: Row
     first, *others = (make(i, t) for i, t in enumerate(inputs))
     grads = _Grads(first, *others, adds=adds)
     if grads.weight.numel():
-        grads.weight[kept.counts == 0] = 0
+        grads.weight[torch.from_numpy(kept.counts == 0)] = 0
     return grads
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,33 +50,35 @@ def _check_forward(x: Tensor, weight: Tensor, counts: Tensor, *rest: Any) -> Non
     if lora_counts is not None:
         _check_counts("lora", lora_counts, m)
     if gather is not None:
-        _check_index("gather", gather[:used], 0, x.shape[0])
+        _check_index("gather", gather, used, 0, x.shape[0])
     if scatter is not None:
-        _check_index("scatter", scatter[:used], -1, rows)
-        kept = scatter[:used][scatter[:used] >= 0]
-        if kept.unique().numel() != kept.numel():
+        places = _check_index("scatter", scatter, used, -1, rows)
+        kept = places[places >= 0]
+        distinct = len(np.unique(kept))
+        if distinct != len(kept):
             raise ValueError(
-                f"scatter: got {kept.numel()} rows into {kept.unique().numel()} places, expected distinct places"
+                f"scatter: got {len(kept)} rows into {distinct} places, expected distinct places"
             )
 
 
 def _check_counts(name: str, counts: Tensor, m: int) -> int:
-    total = int(counts.sum())
-    if bool((counts < 0).any()) or total > m:
+    found = counts.cpu().numpy()
+    total, least = int(found.sum(dtype=np.int64)), int(found.min(initial=0))
+    if least < 0 or total > m:
         raise ValueError(
-            f"{name}: got counts that add up to {total} with a smallest of {int(counts.min())}, "
+            f"{name}: got counts that add up to {total} with a smallest of {least}, "
             f"expected none negative and at most the {m} rows"
         )
     return total
 
 
-def _check_index(name: str, index: Tensor, low: int, size: int) -> None:
-    wrong = (index < low) | (index >= size)
-    if bool(wrong.any()):
-        row = int(wrong.to(torch.uint8).argmax())
-        raise ValueError(
-            f"{name}: row {row} has index {int(index[row])}, expected {low} <= index < {size} rows"
-        )
+def _check_index(name: str, index: Tensor, used: int, low: int, size: int) -> np.ndarray[Any, Any]:
+    found = index.cpu().numpy()[:used]
+    wrong = (found < low) | (found >= size)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise ValueError(f"{name}: row {row} has index {found[row]}, expected {low} <= index < {size} rows")
+    return found
 
 
 FORWARD = Op(
