@@ -180,6 +180,7 @@ TESTS = (
     _test("shared", shared=True, bias=True, lora=5, segments=4, activation="quick_gelu"),
     _test("lora-segments", groups=1, split="one", rows=50, lora=16, segments=6, moved=False),
     _test("wide-residual", F32, BF16, F16, residual="wide", row_scale=True, split="mixed"),
+    _test("60-groups-few-used", groups=60, rows=8, channels=8, width=6, split="sparse", bias=True),
     _test("100-groups", groups=100, rows=150, channels=8, width=9, split="mixed", bias=True),
     _test("512-groups", groups=512, rows=8, channels=5, width=6, split="sparse"),
     _test(

@@ -38,10 +38,10 @@ def forward(groups: Tensor, num_groups: int, tile: int) -> tuple[Tensor, ...]:
     inverse = torch.where(some, place, -1)
     order = torch.full((r + 1,), -1, **int32)
     order = order.scatter(0, torch.where(some, place, r).long(), torch.arange(r, **int32))[:r]
-    return counts, offsets, order.contiguous(), inverse, *_tiles(counts, offsets, r, tile)
+    return counts, offsets, order.contiguous(), inverse, *tiles_of(counts, offsets, r, tile)
 
 
-def _tiles(counts: Tensor, offsets: Tensor, rows: int, tile: int) -> tuple[Tensor, Tensor]:
+def tiles_of(counts: Tensor, offsets: Tensor, rows: int, tile: int) -> tuple[Tensor, Tensor]:
     """Group after group; past the last tile the group is -1 and the row the last one's end."""
     tiles = (counts + tile - 1) // tile
     ends = tiles.cumsum(0, dtype=torch.int32)
