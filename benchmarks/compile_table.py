@@ -112,9 +112,15 @@ def _attention(dtype: torch.dtype, width: int, rules: str) -> tuple[list[Any], l
 def _grouped(dtype: torch.dtype, width: int, rules: str) -> tuple[list[Any], list[Callable[[], None]]]:
     """Over many rows, some, and those of a decoder; gathered and scattered, or where they stand."""
     from mmkernels.primitives.grouped_linear.triton import backward, launch, product
+    from mmkernels.primitives.routing.triton import kernels
+    from mmkernels.primitives.routing.triton import launch as routing
 
     passes = [partial(_grouped_pass, launch, dtype, width, rows, GROUPED[rules]) for rows in (8192, 160, 4)]
-    return [backward, product], passes  # type: ignore[return-value]
+    if dtype == torch.float32 or GROUPED[rules]:
+        return [backward, product], passes  # type: ignore[return-value]
+    ids = torch.zeros(8192, dtype=torch.int32)
+    routes = [partial(routing.route, ids, groups, 128) for groups in (2, 128)]  # once: no floats are in it
+    return [backward, product, kernels], [*passes, *routes]  # type: ignore[return-value]
 
 
 def _grouped_pass(launch: Any, dtype: torch.dtype, width: int, rows: int, activation: str) -> None:
