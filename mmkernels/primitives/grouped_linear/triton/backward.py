@@ -35,7 +35,8 @@ def epilogue_backward(
     """dh [M, N (+ half)] = scale dout[write] activation'(h), 0 in a row of no group; the gradients of scale and residual; and
     `source`, the row of x that each row reads, -1 for a row of no group."""
     e = tl.arange(0, EP)
-    used = tl.minimum(tl.sum(tl.maximum(tl.load(counts + e, mask=e < E, other=0), 0), 0), rows)
+    count = tl.minimum(tl.maximum(tl.load(counts + e, mask=e < E, other=0), 0), rows)
+    used = tl.minimum(tl.sum(count, 0), rows)
     i = tl.program_id(0) * M + tl.arange(0, M)
     at, ok = places(read, i, i < used, rows_x)
     to, ok = places(write, i, ok, rows_out)
@@ -98,7 +99,7 @@ def weight_backward(
     pid, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     k, n, group = pid % wide, pid // wide % high, pid // wide // high
     e = tl.arange(0, EP)
-    count = tl.maximum(tl.load(counts + e, mask=e < E, other=0), 0)
+    count = tl.minimum(tl.maximum(tl.load(counts + e, mask=e < E, other=0), 0), rows)
     stop = tl.minimum(tl.sum(tl.where(e <= group, count, 0), 0), rows)
     start = tl.minimum(tl.sum(tl.where(e < group, count, 0), 0), rows)
     share = tl.cdiv(tl.cdiv(stop - start, M), SPLITS) * M

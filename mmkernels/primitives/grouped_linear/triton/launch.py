@@ -105,8 +105,8 @@ def _through(x: Tensor, weight: Tensor, counts: Tensor, read: Tensor | None, row
     return out
 
 
-def _ends(counts: Tensor | None) -> Tensor | None:
-    return None if counts is None else counts.clamp(min=0).cumsum(0, dtype=torch.int32)
+def _ends(counts: Tensor | None, rows: int) -> Tensor | None:
+    return None if counts is None else counts.clamp(0, rows).cumsum(0, dtype=torch.int32)
 
 
 def _contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -145,7 +145,7 @@ def forward(
             t = _through(x, lora_a, lora_counts.contiguous(), gather, m, back=False)
             lora = Lora(t, lora_b, lora_b.stride())  # type: ignore[arg-type]
         _multiply(
-            x, (weight, weight.stride(), n), counts, (gather, scatter, m), out, finish, lora, _ends(lora_counts)  # type: ignore[arg-type]
+            x, (weight, weight.stride(), n), counts, (gather, scatter, m), out, finish, lora, _ends(lora_counts, m)  # type: ignore[arg-type]
         )  # fmt: skip
     return out, h
 
@@ -225,7 +225,7 @@ def _input_grads(
     if lora is not None:
         a, b, segments = lora[0], lora[1], lora[2].contiguous()
         dt = _through(dh, b, segments, None, m, back=True)
-        extra, ends = Lora(dt, a, (a.stride(0), a.stride(2), a.stride(1))), _ends(segments)
+        extra, ends = Lora(dt, a, (a.stride(0), a.stride(2), a.stride(1))), _ends(segments, m)
         if grads[5].numel():
             _weight_grad(dt, x, segments, source, (grads[5], None), gathered=True)
         if grads[6].numel():

@@ -10,7 +10,7 @@ import triton.language as tl
 def group_of(counts, tile, E, EP: tl.constexpr, M: tl.constexpr, rows):
     """Of the tile-th tile: its group (E when there is no such tile), its first row and the end of its group."""
     e = tl.arange(0, EP)
-    count = tl.maximum(tl.load(counts + e, mask=e < E, other=0), 0)
+    count = tl.minimum(tl.maximum(tl.load(counts + e, mask=e < E, other=0), 0), rows)  # no sum overflows
     ends = tl.minimum(tl.cumsum(count, 0), rows)
     starts = tl.minimum(ends, tl.maximum(tl.cumsum(count, 0) - count, 0))
     tiles = tl.cdiv(ends - starts, M)
