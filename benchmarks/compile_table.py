@@ -13,8 +13,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,10 +39,14 @@ SHAPES = [(torch.bfloat16, d, "plain") for d in (64, 88, 128, 256)] + [
     (torch.float32, d, "plain") for d in (64, 128)
 ]
 SHAPES += [(torch.bfloat16, 128, "uniform, ALiBi, dropout")]
+GROUPED = {"linear": "", "linear, swiglu, LoRA": "swiglu"}  # of grouped_linear: the width is x's
+SHAPES += [(dtype, 1024, rules) for dtype in (torch.bfloat16, torch.float32) for rules in GROUPED]
 WGMMA = (
     "forward",
     "backward_q",
     "backward_kv",
+    "product",
+    "weight_backward",
 )  # must use Hopper's products where the tile allows (bf16, 64 rows or more)
 
 
@@ -77,25 +82,60 @@ class _Recorder:
         return lambda *args, **named: self.calls.append((self.kernel, args, named))
 
 
-def launches(
-    dtype: torch.dtype, width: int, dropout: float
-) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """Every kernel call of one forward and one backward pass, over many rows and few keys and the other way round."""
+def launches(dtype: torch.dtype, width: int, rules: str) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """Every kernel call of one forward and one backward pass, over shapes that take every tile of the tables."""
     from triton.runtime.jit import JITFunction
 
-    from mmkernels.primitives.interval_attention.triton import backward, forward, launch
-
+    modules, passes = _grouped(dtype, width, rules) if rules in GROUPED else _attention(dtype, width, rules)
     calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-    kept = [(m, n, f) for m in (forward, backward) for n, f in vars(m).items() if isinstance(f, JITFunction)]
+    kept = [(m, n, f) for m in modules for n, f in vars(m).items() if isinstance(f, JITFunction)]
     try:
         for module, name, kernel in kept:
             setattr(module, name, _Recorder(kernel, calls))
-        for rows, keys in ((4096, 1024), (64, 4096)):
-            _pass(launch, dtype, width, rows, keys, dropout)
+        for one in passes:
+            one()
     finally:
         for module, name, kernel in kept:
             setattr(module, name, kernel)
     return calls
+
+
+def _attention(dtype: torch.dtype, width: int, rules: str) -> tuple[list[Any], list[Callable[[], None]]]:
+    """Over many rows and few keys and the other way round."""
+    from mmkernels.primitives.interval_attention.triton import backward, forward, launch
+
+    shapes = ((4096, 1024), (64, 4096))
+    passes = [partial(_pass, launch, dtype, width, rows, keys, RULES[rules]) for rows, keys in shapes]
+    return [backward, forward], passes  # type: ignore[return-value]
+
+
+def _grouped(dtype: torch.dtype, width: int, rules: str) -> tuple[list[Any], list[Callable[[], None]]]:
+    """Over many rows, some, and those of a decoder; gathered and scattered, or where they stand."""
+    from mmkernels.primitives.grouped_linear.triton import backward, launch, product
+    from mmkernels.primitives.routing.triton import kernels
+    from mmkernels.primitives.routing.triton import launch as routing
+
+    passes = [partial(_grouped_pass, launch, dtype, width, rows, GROUPED[rules]) for rows in (8192, 160, 4)]
+    if dtype == torch.float32 or GROUPED[rules]:
+        return [backward, product], passes  # type: ignore[return-value]
+    ids = torch.zeros(8192, dtype=torch.int32)
+    routes = [partial(routing.route, ids, groups, 128) for groups in (2, 128)]  # once: no floats are in it
+    return [backward, product, kernels], [*passes, *routes]  # type: ignore[return-value]
+
+
+def _grouped_pass(launch: Any, dtype: torch.dtype, width: int, rows: int, activation: str) -> None:
+    x, w = torch.empty(rows, width, dtype=dtype), torch.empty(2, 2 * width, width, dtype=dtype)
+    counts, index = torch.zeros(2, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
+    extras: tuple[Tensor | None, ...] = (None,) * 8
+    if activation:
+        bias, scale, lora = (
+            w[:, :, 0].contiguous(),
+            x[:, 0].float(),
+            (w[:, :16], w[:, :, :16].contiguous(), counts),
+        )
+        extras = (index, index, bias, scale, x, *lora)
+    out, h = launch.forward(x, w, counts, *extras, activation, rows, bool(activation))
+    launch.backward(out, x, w, counts, *extras, h, activation, rows, [True] * 7)
 
 
 def _pass(launch: Any, dtype: torch.dtype, width: int, rows: int, keys: int, dropout: float) -> None:
@@ -144,7 +184,7 @@ def compile_shape(job: tuple[torch.dtype, int, str, str]) -> list[Found]:
 
     dtype, width, rules, target = job
     found, seen = [], set()
-    for kernel, args, named in launches(dtype, width, RULES[rules]):
+    for kernel, args, named in launches(dtype, width, rules):
         source, options = _source(kernel, args, named)
         key = (kernel.fn.__name__, str(source.signature), str(source.constants), str(options))
         if key in seen:
@@ -204,7 +244,7 @@ def missing_wgmma(rows: list[Found]) -> list[str]:
     hopper = [
         r
         for r in rows
-        if r.kernel.target == "sm_90a" and r.kernel.dtype == "bfloat16" and r.kernel.width == 64
+        if r.kernel.target == "sm_90a" and r.kernel.dtype == "bfloat16" and r.kernel.width in (64, 1024)
     ]
     return [name for name in WGMMA if not any(r.wgmma for r in hopper if r.kernel.name == name)]
 

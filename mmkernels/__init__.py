@@ -13,8 +13,11 @@ from mmkernels.ops.resampler import qformer_intervals as qformer_intervals
 from mmkernels.primitives._op import backends as backends
 from mmkernels.primitives._op import explain as explain
 from mmkernels.primitives._op import using as using
+from mmkernels.primitives.grouped_linear import grouped_linear as grouped_linear
 from mmkernels.primitives.interval_attention import interval_attention as interval_attention
 from mmkernels.primitives.interval_attention import merge_attention as merge_attention
+from mmkernels.primitives.routing import Groups as Groups
+from mmkernels.primitives.routing import route_groups as route_groups
 
 
 def __getattr__(name: str) -> object:

@@ -78,9 +78,13 @@ def test_strides_of_inputs_and_incoming_gradients_do_not_matter(room: Room, case
     out = room.call(inputs)
     out = out if isinstance(out, Tensor) else out[0]
     names = [n for n in room.differentiable if isinstance(inputs.get(n), Tensor)]
-    expected = torch.autograd.grad(out, [inputs[n] for n in names], torch.ones_like(out), retain_graph=True)
-    expanded = torch.autograd.grad(out.sum(), [inputs[n] for n in names], retain_graph=True)  # strides 0
-    halves = torch.autograd.grad(torch.cat([out, out], -1).sum() / 2, [inputs[n] for n in names])
+    expected = expanded = halves = ()
+    if names:
+        expected = torch.autograd.grad(
+            out, [inputs[n] for n in names], torch.ones_like(out), retain_graph=True
+        )
+        expanded = torch.autograd.grad(out.sum(), [inputs[n] for n in names], retain_graph=True)  # strides 0
+        halves = torch.autograd.grad(torch.cat([out, out], -1).sum() / 2, [inputs[n] for n in names])
     strided = {n: _strided(v) if isinstance(v, Tensor) else v for n, v in inputs.items()}
     again = room.call(strided)
     again = again if isinstance(again, Tensor) else again[0]
@@ -158,7 +162,9 @@ def test_gradcheck_in_float64(room: Room) -> None:
         assert torch.autograd.gradcheck(function, [inputs[n] for n in names], fast_mode=True), case.name
 
 
-@pytest.mark.parametrize("room", rooms().values(), ids=rooms())
+@pytest.mark.parametrize(
+    "room", [r for r in rooms().values() if r.differentiable], ids=lambda room: room.name
+)
 def test_a_second_derivative_is_refused_by_name(room: Room) -> None:
     inputs = accuracy.leaves(_inputs(room, room.tests[0], torch.float32), room)
     out = room.call(inputs)

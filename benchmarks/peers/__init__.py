@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from benchmarks.peers import grouped
 from benchmarks.peers.attention import CORES
 from mmkernels.ops.gated_cross_attention.cases import block
 from mmkernels.primitives._case import Peer, Room
@@ -12,7 +13,9 @@ from mmkernels.primitives.interval_attention.cases import over
 PEERS: dict[str, dict[str, Peer]] = {
     "interval_attention": {name: over(core) for name, core in CORES.items()},
     "gated_cross_attention": {name: block(core) for name, core in CORES.items()},
+    "grouped_linear": dict(grouped.PEERS),
 }
+FLOORS = grouped.FLOORS
 
 
 def peers(room: Room) -> Mapping[str, Peer]:

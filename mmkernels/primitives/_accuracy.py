@@ -32,8 +32,10 @@ def results(room: Room, inputs: Inputs, function: Callable[[], Any], seed: int =
     """The first output of `function` under "out", and the gradient of a fixed random projection of it by input name."""
     out = function()
     out = out if isinstance(out, Tensor) else out[0]
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     names = [n for n in room.differentiable if isinstance(inputs.get(n), Tensor)]
+    if not names:
+        return {"out": out}
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     loss = (out * weight.to(out)).sum()
     grads = torch.autograd.grad(loss, [inputs[n] for n in names], allow_unused=True)
     grown = {
@@ -78,7 +80,8 @@ def worst_excess(ours: Results, plain: Results, truth: Results) -> tuple[float, 
         if error.numel() == 0:
             continue
         size = 8 * truth[f"|{name}|"] if f"|{name}|" in truth else exact.abs().max()
-        allowed = 2 * (plain[name].double() - exact).abs().max() + torch.finfo(value.dtype).eps * size + 1e-30
+        step = torch.finfo(value.dtype).eps if value.is_floating_point() else 0.0
+        allowed = 2 * (plain[name].double() - exact).abs().max() + step * size + 1e-30
         excess = float((error.max() / allowed).nan_to_num(nan=torch.inf))
         found = max(found, (excess, name))
     return found

@@ -15,18 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmkernels.primitives._widen import operand as _operand
+
 _SUM_ROWS = 128
 _CPU_CHUNK = 1024  # rows: products of 256 have run at half the speed
-
-
-def _low_products_are_slow(device: torch.device) -> bool:
-    """CPUs without bfloat16 units take bfloat16 and float16 products 4 to 10 times slower than float32 ones."""
-    return device.type == "cpu" and not torch.cpu._is_amx_tile_supported()
-
-
-def _operand(x: Tensor) -> Tensor:
-    """A product's operand: widened where that is faster, which is more exact too."""
-    return x.float() if x.element_size() < 4 and _low_products_are_slow(x.device) else x
 
 
 class Core(NamedTuple):
