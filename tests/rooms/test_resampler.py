@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmkernels import explain, latent_attention, using
 from mmkernels.ops.resampler import composed
+from mmkernels.ops.resampler.op import FORWARD
 from mmkernels.primitives._op import OPS
 
 BACKENDS = [
@@ -18,6 +19,7 @@ BACKENDS = [
     for row in OPS["latent_attention"].rows["cpu"]
     if not row.present() and row.backend != "triton"
 ]
+LENGTHS = (36, 0, 54)  # of media: alone, they are read by absorbed queries
 
 
 @pytest.fixture(params=BACKENDS)
@@ -26,7 +28,7 @@ def backend(request: pytest.FixtureRequest) -> Any:
         yield request.param
 
 
-def _layer(lengths: tuple[int, ...] = (6, 0, 9), own: bool = True, latents: int = 4) -> dict[str, Any]:
+def _layer(lengths: tuple[int, ...] = LENGTHS, own: bool = True, latents: int = 4) -> dict[str, Any]:
     random = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -65,7 +67,7 @@ def test_ragged_media_are_images_read_one_by_one(backend: str, own: bool) -> Non
     x = _layer(own=own)
     out, grads = _run(x)
     start = 0
-    for n, length in enumerate((6, 0, 9)):
+    for n, length in enumerate(LENGTHS):
         part = x["media"][start : start + length]
         one = {**x, "latents": x["latents"][n : n + 1], "media": part[None], "cu_seqlens": None}
         alone, alone_grads = _run(one)
@@ -87,14 +89,14 @@ def test_an_image_without_media_gives_the_bias(backend: str) -> None:
 def test_one_image_s_values_never_reach_another(backend: str, own: bool, poison: float) -> None:
     x = _layer(own=own)
     out, grads = _run(x)
-    x["media"][:6] = poison
+    x["media"][: LENGTHS[0]] = poison
     leaves = _leaves(x)
     found = latent_attention(**leaves)
     assert isinstance(found, Tensor)
     bad = found[1:]
     bad.square().sum().backward()
     assert torch.equal(bad, out[1:])
-    assert torch.equal(leaves["media"].grad[6:], grads["media"][6:])
+    assert torch.equal(leaves["media"].grad[LENGTHS[0] :], grads["media"][LENGTHS[0] :])
     assert torch.equal(leaves["latents"].grad[1:], grads["latents"][1:])
 
 
@@ -142,10 +144,19 @@ def test_a_gpu_gets_as_many_pieces_as_it_needs() -> None:
     assert composed.pieces(long._replace(images=32, tokens=32 * 2048), gpu) == 2
 
 
+def test_the_form_is_chosen_by_size() -> None:
+    for lengths, own, latents, kept in ((LENGTHS, False, 4, 3), (LENGTHS, True, 4, 4), ((6, 9), False, 4, 4)):
+        x = _layer(lengths, own, latents)
+        weights = (x.get(n) for n in ("w_q", "b_q", "w_kv", "b_kv", "w_self", "b_self", "w_o", "b_o"))
+        made = FORWARD(x["latents"], x["media"], x["cu_seqlens"], *weights, len(lengths), 2)[2]
+        assert made.dim() == kept  # probabilities, or keys and values
+
+
+@pytest.mark.parametrize("tokens", [7, 40])
 @pytest.mark.parametrize("own", [False, True])
-def test_weights_of_attention_can_be_seen(backend: str, own: bool) -> None:
-    x = _layer((7, 7), own=own)
-    x.update(media=x["media"].view(2, 7, 20), cu_seqlens=None)
+def test_weights_of_attention_can_be_seen(backend: str, own: bool, tokens: int) -> None:
+    x = _layer((tokens, tokens), own=own)
+    x.update(media=x["media"].view(2, tokens, 20), cu_seqlens=None)
     out, weights = latent_attention(**x, return_weights=True)
     values = torch.nn.functional.linear(x["media"], x["w_kv"], x["b_kv"])[..., 16:]
     if own:
@@ -176,29 +187,29 @@ def test_autocast_takes_its_dtype(backend: str) -> None:
     assert torch.equal(found, latent_attention(**low))  # type: ignore[arg-type]
 
 
-_EDGES = "cu_seqlens: got .*, expected to rise from 0 to media's 15 tokens"
+_EDGES = "cu_seqlens: got .*, expected to rise from 0 to media's 90 tokens"
 _BAD_LAYERS: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"cu_seqlens": torch.tensor([0, 9, 6, 15], dtype=torch.int32)}, ValueError, _EDGES),
-    ({"cu_seqlens": torch.tensor([0, 6, 6, 16], dtype=torch.int32)}, ValueError, _EDGES),
-    ({"cu_seqlens": torch.tensor([0, 6, 6, 14], dtype=torch.int32)}, ValueError, _EDGES),
-    ({"cu_seqlens": torch.tensor([1, 6, 6, 15], dtype=torch.int32)}, ValueError, _EDGES),
+    ({"cu_seqlens": torch.tensor([0, 9, 6, 90], dtype=torch.int32)}, ValueError, _EDGES),
+    ({"cu_seqlens": torch.tensor([0, 6, 6, 91], dtype=torch.int32)}, ValueError, _EDGES),
+    ({"cu_seqlens": torch.tensor([0, 6, 6, 89], dtype=torch.int32)}, ValueError, _EDGES),
+    ({"cu_seqlens": torch.tensor([1, 6, 6, 90], dtype=torch.int32)}, ValueError, _EDGES),
     (
-        {"cu_seqlens": torch.tensor([0, 6, 15], dtype=torch.int32)},
+        {"cu_seqlens": torch.tensor([0, 6, 90], dtype=torch.int32)},
         ValueError,
         "got 3 edges, expected 4 edges around 3 images",
     ),
     (
-        {"cu_seqlens": torch.tensor([0, 6, 6, 15])},
+        {"cu_seqlens": torch.tensor([0, 6, 6, 90])},
         TypeError,
         "cu_seqlens: got torch.int64, expected torch.int32",
     ),
-    ({"cu_seqlens": None}, ValueError, r"media: got shape \(15, 20\), expected 3 dimensions \[N, M, Cm\]"),
+    ({"cu_seqlens": None}, ValueError, r"media: got shape \(90, 20\), expected 3 dimensions \[N, M, Cm\]"),
     ({"heads": 3}, ValueError, "heads: got 3, expected a positive divisor of w_q's 16 rows"),
     ({"w_q": torch.ones(16, 11)}, ValueError, r"w_q: got shape \(16, 11\)"),
     ({"w_kv": torch.ones(16, 20)}, ValueError, r"w_kv: got shape \(16, 20\)"),
     ({"b_o": torch.ones(11)}, ValueError, r"b_o: got shape \(11,\), expected \[Co\] with Co = 12"),
     ({"w_self": None, "b_self": torch.ones(32)}, ValueError, "b_self: got a bias without w_self"),
-    ({"media": torch.ones(15, 20, dtype=torch.float64)}, TypeError, "media: got torch.float64"),
+    ({"media": torch.ones(90, 20, dtype=torch.float64)}, TypeError, "media: got torch.float64"),
     ({"return_weights": True}, ValueError, "return_weights: got True with cu_seqlens"),
 ]
 

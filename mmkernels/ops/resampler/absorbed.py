@@ -3,10 +3,11 @@
     scores = (q Wk) x^T,   o = (p x) Wv^T + bv          (a key's bias moves all scores of a row alike, and drops out)
 
 For each head that is 2 L (D + M) C products instead of 2 (D + L) M C and L M D more. A task is one image and as many heads
-as fill a product; what it needs stays in cache. Backward makes the probabilities again, and takes forward's and backward's
-products with x together, since both are rows over the same matrix; with t = q Wk and dc = do Wv
+as fill a product; what it needs stays in cache. Of it only p is kept, which stands where keys and values do otherwise, a small
+part of their size. Backward takes its products with x two by two, since both are rows over the same matrix; with t = q Wk and
+dc = do Wv
 
-    [s; dp] = [t; dc] x^T,   p = softmax(s),   ds = p (dp - sum(p dp)),   [dt; c] = [ds; p] x,   dx = [ds; p]^T [t; dc]
+    dp = dc x^T,   ds = p (dp - sum(p dp)),   [dt; c] = [ds; p] x,   dx = [ds; p]^T [t; dc]
     [dWk; dWv] = [q^T dt; do^T c],   dq = dt Wk^T
 """
 
@@ -68,30 +69,32 @@ def forward(
     images: int,
     heads: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `reference.forward`; kv is empty."""
+    """As `reference.forward`, with p [H, L, K] for kv."""
     rows, inner = latents.shape[1], w_q.shape[0]
     width, flat = inner // heads, latents.flatten(0, 1)
     q = products.linear(flat, w_q, b_q, flat.new_empty(flat.shape[0], inner)).view(-1, rows, heads, width)
     wk, wv = _weights(w_kv, heads)
     scaled = (q.float() * width**-0.5).expand(images, -1, -1, -1)
     o, lse = torch.zeros(scaled.shape), torch.full((images, heads, rows), -torch.inf)
-    groups = _groups(heads, rows)
+    groups, kept = _groups(heads, rows), q.new_empty(heads, rows, media.shape[0])
     space = torch.empty(groups[0].stop, rows, media.shape[1])
     for n, part in _parts(cu_seqlens, media.shape[0], images):
         x = media[part].float()
         for hs in groups:
             t = torch.bmm(scaled[n, :, hs].transpose(0, 1), wk[hs], out=space[: hs.stop - hs.start])
             scores = torch.mm(t.flatten(0, 1), x.t())
-            lse[n, hs] = scores.logsumexp(-1).view(-1, rows)
-            torch.mm(scores.softmax(-1), x, out=t.flatten(0, 1))
+            p = scores.softmax(-1)
+            lse[n, hs] = (scores.amax(-1) - p.amax(-1).log()).view(-1, rows)  # two passes less than logsumexp
+            torch.mm(p, x, out=t.flatten(0, 1))
+            kept[hs, :, part] = p.view(-1, rows, p.shape[-1])
             o[n, :, hs] = torch.bmm(t, wv[hs].transpose(1, 2)).transpose(0, 1)
     if b_kv is not None:
         bk, bv = b_kv.float().unflatten(0, (2, heads, -1)).unbind(0)
-        o = torch.where((lse == -torch.inf).transpose(1, 2).unsqueeze(-1), o, o + bv)
-        lse = lse + torch.einsum("nlhd,hd->nhl", scaled, bk)
+        o += torch.where((lse == -torch.inf).transpose(1, 2).unsqueeze(-1), 0, bv)
+        lse += torch.einsum("nlhd,hd->nhl", scaled, bk)
     o = o.to(q.dtype)
     out = products.linear(o.flatten(2).flatten(0, 1), w_o, b_o, o.new_empty(images * rows, w_o.shape[0]))
-    return out.unflatten(0, (images, rows)), q, q.new_empty(0, 2, heads, width), o, lse
+    return out.unflatten(0, (images, rows)), q, kept, o, lse
 
 
 def backward(
@@ -106,6 +109,7 @@ def backward(
     w_o: Tensor,
     b_o: Tensor | None,
     q: Tensor,
+    kv: Tensor,
     o: Tensor,
     lse: Tensor,
     images: int,
@@ -118,7 +122,7 @@ def backward(
     took = (lse > -torch.inf).transpose(1, 2).unsqueeze(-1)  # an image without media took nothing
     do = torch.where(took, do, 0)
     scaled = (q.float() * width**-0.5).expand(images, -1, -1, -1)
-    dq, dw, dmedia = _through_media(scaled, do, media, cu_seqlens, w_kv, media_grad)
+    dq, dw, dmedia = _through_media(scaled, do, media, cu_seqlens, w_kv, kv, media_grad)
     dtype, flat = media.dtype, latents.flatten(0, 1)
     dq = dq.mul_(width**-0.5)
     dq = (dq.sum(0) if latents.shape[0] != images else dq.flatten(0, 1)).flatten(1).to(dtype)
@@ -136,7 +140,13 @@ def backward(
 
 
 def _through_media(
-    q: Tensor, do: Tensor, media: Tensor, cu_seqlens: Tensor | None, w_kv: Tensor, media_grad: bool
+    q: Tensor,
+    do: Tensor,
+    media: Tensor,
+    cu_seqlens: Tensor | None,
+    w_kv: Tensor,
+    kept: Tensor,
+    media_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq of the scaled q, [dWk; dWv] [2, H, D, C] and dmedia (empty unless wanted); q, do [N, L, H, D] in float32."""
     (images, rows, heads, _), (wk, wv) = q.shape, _weights(w_kv, q.shape[2])
@@ -149,7 +159,11 @@ def _through_media(
         dx = x.new_empty(x.shape if media_grad else 0)
         for hs in groups:
             q_, do_ = (s[n, :, hs].transpose(0, 1) for s in (q, do))
-            dt, context = _task(q_, do_, x, wk[hs], wv[hs], space, dx, hs is groups[0])
+            t = space[0, : 2 * (hs.stop - hs.start) * rows].view(2, hs.stop - hs.start, rows, -1)
+            torch.bmm(do_, wv[hs], out=t[1])
+            if media_grad:
+                torch.bmm(q_, wk[hs], out=t[0])
+            dt, context = _task(t, kept[hs, :, part], x, space[1], dx, hs is groups[0])
             dw[0, hs].baddbmm_(q_.transpose(1, 2), dt)
             dw[1, hs].baddbmm_(do_.transpose(1, 2), context)
             dq[n, :, hs] = torch.bmm(dt, wk[hs].transpose(1, 2)).transpose(0, 1)
@@ -159,23 +173,20 @@ def _through_media(
 
 
 def _task(
-    q: Tensor, do: Tensor, x: Tensor, wk: Tensor, wv: Tensor, space: Tensor, dx: Tensor, first: bool
+    t: Tensor, kept: Tensor, x: Tensor, space: Tensor, dx: Tensor, first: bool
 ) -> tuple[Tensor, Tensor]:
     """dt and c, each [h, L, C], of one image and h heads; dx, unless empty, is set by the first task and then added to.
 
-    q, do [h, L, D]; x [M, C]; space [2, at least 2 h L, C], which the results lie in.
+    t: t and dc [2, h, L, C]; kept: p [h, L, M]; x [M, C]; space [at least 2 h L, C], which the results lie in.
     """
-    heads, rows, _ = q.shape
-    t, result = space[:, : 2 * heads * rows]
-    t_, dc = t.view(2, heads, rows, -1)
-    torch.bmm(q, wk, out=t_)
-    torch.bmm(do, wv, out=dc)
-    both = torch.mm(t, x.t())  # [s; dp], and then [ds; p]
-    scores, dp = both.chunk(2)
-    p = scores.softmax(-1)
-    torch.mul(p, dp - (p * dp).sum(-1, keepdim=True), out=scores)
-    dp.copy_(p)
+    _, heads, rows, width = t.shape
+    both = x.new_empty(2, heads * rows, x.shape[0])  # [ds; p]
+    ds, p = both
+    p.view_as(kept).copy_(kept)
+    dp = torch.mm(t[1].flatten(0, 1), x.t(), out=ds)
+    torch.mul(p, dp - (p * dp).sum(-1, keepdim=True), out=ds)
+    both = both.flatten(0, 1)
     if dx.numel():
-        dx.addmm_(both.t(), t, beta=0 if first else 1)
-    dt, context = torch.mm(both, x, out=result).view(2, heads, rows, -1)
+        dx.addmm_(both.t(), t.flatten(0, 2), beta=0 if first else 1)
+    dt, context = torch.mm(both, x, out=space[: both.shape[0]]).view(2, heads, rows, width)
     return dt, context

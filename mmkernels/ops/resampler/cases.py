@@ -208,6 +208,9 @@ TESTS = (
     _test("many-tiles", tokens=(150, 70), latents=70, own=True),
     _test("width-88", width=88),
     _test("width-20", F32, BF16, F64, width=20, own=True),  # compiled kernels refuse it
+    _test("absorbed", F32, BF16, F16, latents=5, bias=True, tokens=(37, 0, 60)),
+    _test("absorbed-even", latents=5, shared=True, bias=True),
+    _test("absorbed-by-groups", latents=60, heads=9, width=128, tokens=300, images=1),
     _test("small", F64, tokens=6, own=True, **_SMALL),
     _test("small-ragged", F64, tokens=(2, 0, 5), own=True, **_SMALL),
     _test("small-shared", F64, tokens=(2, 4), shared=True, **_SMALL),
@@ -216,13 +219,27 @@ TESTS = (
 )
 
 
-def _bench(name: str, headline: bool = False, **sizes: Any) -> Case:
-    return Case(name, sizes, (F32, BF16), ("fwd", "fwd+bwd"), headline)
+def _bench(name: str, **sizes: Any) -> Case:
+    return Case(name, sizes, (F32, BF16), ("fwd", "fwd+bwd"), headline=name == "flamingo-video8")
 
 
-_PERCEIVER = {"latents": 64, "channels": 1024, "media": 1024, "heads": 8, "width": 64, "tied": True}
-_QFORMER = {"latents": 32, "channels": 768, "media": 1408, "heads": 12, "width": 64, "bias": True}
-_UHD = {
+_PERCEIVER: dict[str, Any] = {
+    "latents": 64,
+    "channels": 1024,
+    "media": 1024,
+    "heads": 8,
+    "width": 64,
+    "tied": True,
+}
+_QFORMER: dict[str, Any] = {
+    "latents": 32,
+    "channels": 768,
+    "media": 1408,
+    "heads": 12,
+    "width": 64,
+    "bias": True,
+}
+_UHD: dict[str, Any] = {
     "latents": 64,
     "channels": 4096,
     "media": 4096,
@@ -231,15 +248,11 @@ _UHD = {
     "bias": True,
     "shared": True,
 }
-_MINICPM = _UHD | {
-    "channels": 2304,
-    "media": 2304,
-    "heads": 18,
-}  # the same resampler before a smaller language model
+_MINICPM = _UHD | {"channels": 2304, "media": 2304, "heads": 18}  # before a smaller language model
 _QWEN = _UHD | {"latents": 256}
 
 BENCH = (
-    _bench("flamingo-video8", True, images=1, tokens=2048, **_PERCEIVER),
+    _bench("flamingo-video8", images=1, tokens=2048, **_PERCEIVER),
     _bench("flamingo-1img", images=1, tokens=256, **_PERCEIVER),
     _bench("flamingo-32img", images=32, tokens=256, **_PERCEIVER),
     _bench("flamingo-video8x4", images=4, tokens=2048, **_PERCEIVER),

@@ -177,7 +177,7 @@ class Composed(NamedTuple):
     ) -> tuple[Tensor, ...]:
         """As `reference.backward`."""
         if absorbed.absorbs(latents, media, w_q, w_self, images, heads):
-            saved, sizes = (q, o, lse), (images, heads, media_grad)
+            saved, sizes = (q, kv, o, lse), (images, heads, media_grad)
             return absorbed.backward(
                 dout, latents, media, cu_seqlens, w_q, b_q, w_kv, b_kv, w_o, b_o, *saved, *sizes
             )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels.ops.resampler import composed, reference
@@ -24,11 +23,13 @@ def _fake_forward(latents: Tensor, media: Tensor, *rest: Any) -> tuple[Tensor, .
     (_, w_q, _, _, _, w_self, _, w_o, _, images, heads), new = rest, latents.new_empty
     shared, rows, _ = latents.shape
     width, keys = w_q.shape[0] // heads, media.shape[0] + (0 if w_self is None else images * rows)
-    keys = 0 if absorbs(latents, media, w_q, w_self, images, heads) else keys
+    kept = (keys, 2, heads, width)
+    if absorbs(latents, media, w_q, w_self, images, heads):
+        kept = (heads, rows, keys)
     return (
         new((images, rows, w_o.shape[0])),
         new((shared, rows, heads, width)),
-        new((keys, 2, heads, width)),
+        new(kept),
         new((images, rows, heads, width)),
         new((images, heads, rows), dtype=torch.promote_types(latents.dtype, torch.float32)),
     )
@@ -40,11 +41,13 @@ def _fake_backward(dout: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return tuple(dout.new_empty(0 if x is None else x.shape) for x in tensors)
 
 
-def _law(latents: Tensor, media: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """The reference; where keys and values are never made, none are kept."""
-    out, q, kv, o, lse = reference.forward(latents, media, *rest)
-    _, w_q, _, _, _, w_self, *_, images, heads = rest
-    return out, q, kv[:0] if absorbs(latents, media, w_q, w_self, images, heads) else kv, o, lse
+def _law(latents: Tensor, media: Tensor, cu_seqlens: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    """The reference; where keys and values are never made, probabilities are kept in their place."""
+    w_q, _, _, _, w_self, *_, images, heads = rest
+    out, q, kv, o, lse = reference.forward(latents, media, cu_seqlens, *rest)
+    if absorbs(latents, media, w_q, w_self, images, heads):
+        kv = reference.packed_weights(q, kv, cu_seqlens, images)
+    return out, q, kv, o, lse
 
 
 def _check_forward(latents: Tensor, media: Tensor, cu_seqlens: Tensor | None, *rest: Any) -> None:
@@ -185,8 +188,8 @@ def latent_attention(
     if not return_weights:
         return out
     with torch.no_grad():
-        if kv.shape[0] < flat.shape[0]:  # none were made
-            kv = F.linear(flat, w_kv, b_kv).unflatten(-1, (2, heads, -1))
+        if kv.dim() == 3:  # they are what was kept
+            return out, kv.unflatten(-1, (images, -1)).permute(2, 0, 1, 3).contiguous()
         return out, reference.attention_weights(q, kv, lse, flat.shape[0])
 
 

@@ -146,6 +146,15 @@ def attention_weights(q: Tensor, kv: Tensor, lse: Tensor, tokens: int) -> Tensor
     return (scores / math.sqrt(q.shape[-1]) - lse.unsqueeze(-1)).exp()
 
 
+def packed_weights(q: Tensor, kv: Tensor, cu_seqlens: Tensor | None, images: int) -> Tensor:
+    """Probabilities [H, L, K] of media alone: for every packed token, how much the latents of its image see it."""
+    q_, kv_ = _wide(q.expand(images, -1, -1, -1), kv)
+    keys, own = _by_image(kv_, cu_seqlens, images, kv.shape[0])
+    p, _ = _attend(q_, keys[:, :, 0], own)
+    p = p.transpose(0, 1).transpose(1, 2)  # [H, L, N, keys]
+    return (p.flatten(2) if cu_seqlens is None else p.sum(2)).to(q.dtype)
+
+
 def backward(
     dout: Tensor,
     latents: Tensor,
