@@ -216,6 +216,7 @@ TESTS = (
     _test("small-shared", F64, tokens=(2, 4), shared=True, **_SMALL),
     _test("no-latents", latents=0),
     _test("no-images", images=0, own=True),
+    _test("no-images-shared", images=0, own=True, shared=True),
 )
 
 

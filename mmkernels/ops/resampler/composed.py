@@ -192,7 +192,7 @@ class Composed(NamedTuple):
         dw_self, db_self = media.new_empty(0), media.new_empty(0)
         if w_self is not None:
             if shared:
-                own = [part.unflatten(0, (images, -1)).sum(0) for part in own]
+                own = [part.unflatten(0, (images, z.latents)).sum(0) for part in own]
             to_latents += zip(own, w_self.split(inner), strict=True)
             dw_self, db_self = products.weight(own, rows), products.bias(own, b_self)
         to_media = zip(of_media, w_kv.split(inner), strict=True)
