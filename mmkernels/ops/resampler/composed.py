@@ -1,10 +1,10 @@
 """Latent attention from library products around the kernels of interval attention.
 
 Media and latents are projected by one product each into one packed buffer of keys and values, [media of all images; latents of
-all images]: nothing is concatenated or padded, and no length is read by the host. A latent then sees up to two runs of keys,
-its image's media and its image's latents, and on GPUs the media in several pieces so that few queries fill the machine; the
-pieces are merged by their log-sum-exp, in order. What a piece gave is not kept for backward: with few queries it is made again
-faster than it is read.
+all images]: nothing is padded, and no length is read by the host. A few rows that share their weight are one product. A latent
+then sees up to two runs of keys, its image's media and its image's latents, and on GPUs the media in several pieces so that few
+queries fill the machine; the pieces are merged by their log-sum-exp, in order. What a piece gave is not kept for backward: with
+few queries it is made again faster than it is read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,17 @@ from mmkernels.ops.resampler import absorbed, products
 from mmkernels.primitives.interval_attention import reference as attention
 
 _GPU_BLOCKS = 264  # two for each of an H100's multiprocessors
+_FEW = 1024  # rows that are copied sooner than a weight is read twice, when media and latents share it
 _PIECE = 256  # keys below which a piece is not worth its merge
+
+
+def _same(w_kv: Tensor, w_self: Tensor | None, b_kv: Tensor | None, b_self: Tensor | None) -> bool:
+    """Whether media and latents go through one weight."""
+
+    def place(x: Tensor | None) -> tuple[object, ...]:
+        return () if x is None else (x.data_ptr(), x.shape, x.stride())
+
+    return place(w_kv) == place(w_self) and place(b_kv) == place(b_self)
 
 
 class Sizes(NamedTuple):
@@ -141,12 +151,16 @@ class Composed(NamedTuple):
         q = products.linear(rows, w_q, b_q, media.new_empty(rows.shape[0], inner))
         q = q.view(latents.shape[0], z.latents, heads, z.width)
         kv = media.new_empty(z.tokens + (0 if w_self is None else images * z.latents), 2 * inner)
-        products.linear(media, w_kv, b_kv, kv[: z.tokens])
-        if w_self is not None and latents.shape[0] == images:
-            products.linear(rows, w_self, b_self, kv[z.tokens :])
-        elif w_self is not None:  # shared latents are projected once
-            own = products.linear(rows, w_self, b_self, kv.new_empty(z.latents, 2 * inner))
-            kv[z.tokens :].unflatten(0, (images, z.latents)).copy_(own)
+        own, each = kv[z.tokens :], latents.shape[0] == images
+        if 0 < len(own) <= len(kv) <= _FEW and each and _same(w_kv, w_self, b_kv, b_self):
+            products.linear(torch.cat([media, rows]), w_kv, b_kv, kv)
+        else:
+            products.linear(media, w_kv, b_kv, kv[: z.tokens])
+            if w_self is not None and each:
+                products.linear(rows, w_self, b_self, own)
+            elif w_self is not None:  # shared latents are projected once
+                once = products.linear(rows, w_self, b_self, own.new_empty(z.latents, 2 * inner))
+                own.unflatten(0, (images, z.latents)).copy_(once)
         kv = kv.unflatten(1, (2, heads, z.width))
         o, lse = _attend(self, q.expand(images, -1, -1, -1), kv, z, cu_seqlens)
         out = media.new_empty(images * z.latents, w_o.shape[0])
