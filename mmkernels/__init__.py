@@ -9,6 +9,7 @@ from mmkernels.ops.gated_cross_attention import gated_cross_attention as gated_c
 from mmkernels.ops.gated_cross_attention import gated_feed_forward as gated_feed_forward
 from mmkernels.ops.gated_cross_attention import media_intervals as media_intervals
 from mmkernels.ops.resampler import QFormerIntervals as QFormerIntervals
+from mmkernels.ops.resampler import latent_attention as latent_attention
 from mmkernels.ops.resampler import qformer_intervals as qformer_intervals
 from mmkernels.primitives._op import backends as backends
 from mmkernels.primitives._op import explain as explain

@@ -84,11 +84,12 @@ static void weigh_row(const IntervalAttention& p, const Block& block, const Back
   for (int n = 0; n < kTileKeys / W; ++n) {
     Vec weight{}, ds{};
     if (n >= from && n < to && rule.seen) {
-      weight = exp(score(rule, load(s + n * W), n, -__builtin_inff()) - lse);
+      const uint64_t seen = rule.seen >> (n * W);  // a row whose own keys are NaN has NaN for lse
+      weight = select(seen, exp(score(rule, load(s + n * W), n, -__builtin_inff()) - lse), Vec{});
       const IVec keep = p.threshold ? kept(p, state, key, n) : ~IVec{};
       const Vec slope = (Vec)((IVec)load(dp + n * W) & keep) * scale;
       if (!rule.uniform)
-        ds = select(rule.seen >> (n * W), weight * (alone ? splat(w.dlse[r]) : slope - delta), Vec{});
+        ds = select(seen, weight * (alone ? splat(w.dlse[r]) : slope - delta), Vec{});
       weight = (Vec)((IVec)weight & keep) * scale;
     }
     store(s + n * W, weight);

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkernels.layers._published import Rule, Table, renames
 from mmkernels.layers.mlp import MLP
+from mmkernels.ops.resampler import latent_attention
 from mmkernels.primitives import _check
 from mmkernels.primitives.interval_attention import interval_attention
 
@@ -25,14 +27,38 @@ class PerceiverAttention(nn.Module):
         self.q_norm = nn.LayerNorm(head_dim) if qk_norm else None
         self.k_norm = nn.LayerNorm(head_dim) if qk_norm else None
 
-    def forward(self, media: Tensor, latents: Tensor) -> Tensor:
-        """media `[N, M, C]`, latents `[N, L, C]` -> `[N, L, C]`."""
-        latents = self.latent_norm(latents)
+    def forward(self, media: Tensor, latents: Tensor, *, normalised: bool = False) -> Tensor:
+        """media `[N, M, C]`, latents `[N, L, C]`, or `[L, C]` for all images -> `[N, L, C]`.
+
+        `normalised`: the media have mean 0 and variance 1 already, which is the same in every layer; what the layer's norm
+        scales and shifts them by goes into the weight, and the media stay as they are.
+        """
+        latents, w, b = self.latent_norm(latents), self.kv.weight, None
+        if normalised:
+            w, b = w * self.media_norm.weight, w.mv(self.media_norm.bias)
+        else:
+            media = self.media_norm(media)
+        if self.q_norm is not None:
+            return self._attend_normed(latents, F.linear(media, w, b))
+        return latent_attention(
+            latents,
+            media,
+            w_q=self.q.weight,
+            w_kv=w,
+            b_kv=b,
+            w_self=self.kv.weight,
+            w_o=self.out.weight,
+            heads=self.heads,
+        )  # type: ignore[return-value]
+
+    def _attend_normed(self, latents: Tensor, of_media: Tensor) -> Tensor:
+        """Queries and keys are normalised between projection and attention, `of_media` `[N, M, 2 H D]` being projected."""
+        latents = latents.expand(of_media.shape[0], -1, -1)
         q = self.q(latents).unflatten(-1, (self.heads, self.head_dim))
-        kv = self.kv(torch.cat([self.media_norm(media), latents], dim=1))
+        kv = torch.cat([of_media, self.kv(latents)], dim=1)
         k, v = kv.unflatten(-1, (2, self.heads, self.head_dim)).unbind(2)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        assert self.q_norm is not None and self.k_norm is not None
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         lo = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
         hi = torch.full_like(lo, k.shape[1])
         o = interval_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), lo, hi)
@@ -50,17 +76,17 @@ class PerceiverLayer(nn.Module):
         self.ffn_norm = nn.LayerNorm(width)
         self.mlp = MLP(width, hidden, ffn, bias=False)
 
-    def forward(self, media: Tensor, latents: Tensor) -> Tensor:
-        latents = latents + self.attention(media, latents)
+    def forward(self, media: Tensor, latents: Tensor, *, normalised: bool) -> Tensor:
+        latents = latents + self.attention(media, latents, normalised=normalised)
         return latents + self.mlp(self.ffn_norm(latents))
 
 
 class PerceiverResampler(nn.Module):
     """Learned latents read each image (or video) through `depth` layers and stand for it from then on.
 
-    Frames of one medium are flattened into one run of tokens. `max_frames` adds a learned embedding per frame, `max_media`
-    one per place among the sample's media; None leaves them out. `ffn` is "gelu", "relu" or "squared_relu"; `ff_mult` may be
-    fractional.
+    Frames of one medium are flattened into one run of tokens; where these are many, mean and variance are taken once for all
+    layers. `max_frames` adds a learned embedding per frame, `max_media` one per place among the sample's media; None leaves
+    them out. `ffn` is "gelu", "relu" or "squared_relu"; `ff_mult` may be fractional.
 
     **Source** Flamingo (arXiv 2204.14198) 2.1; weights of `open_flamingo`, `otter`, `idefics` load by `weights.load`.
     """
@@ -84,6 +110,7 @@ class PerceiverResampler(nn.Module):
         super().__init__()
         _check.positive(width=width, heads=heads, head_dim=head_dim, latents=latents)
         _check.choice("ffn", ffn, ("gelu", "relu", "squared_relu"))
+        self.inner = heads * head_dim
         self.latents = nn.Parameter(torch.randn(latents, width))
         self.frame_embeddings = _embeddings(max_frames, width)
         self.media_embeddings = _embeddings(max_media, width)
@@ -107,10 +134,16 @@ class PerceiverResampler(nn.Module):
         if self.media_embeddings is not None:
             media = media + _first(self.media_embeddings, images, "max_media")[:, None, None]
         media = media.reshape(b * images, frames * size["P"], media.shape[-1])
-        latents = self.latents.expand(b * images, -1, -1)
+        latents, many = self.latents, self._many(media)
+        if many:
+            media = F.layer_norm(media, media.shape[-1:], eps=self.norm.eps)
         for layer in self.layers:
-            latents = layer(media, latents)
-        return self.norm(latents).unflatten(0, (b, images))
+            latents = layer(media, latents, normalised=many)
+        return self.norm(latents.expand(b * images, -1, -1)).unflatten(0, (b, images))
+
+    def _many(self, media: Tensor) -> bool:
+        """Whether the media are larger than a layer's weight for them: then it is cheaper to scale the weight."""
+        return bool(self.layers) and media.shape[:2].numel() > 2 * self.inner
 
     def published(self, source: str) -> Table:
         """Where the authors' files keep the resampler's parameters."""

@@ -33,6 +33,22 @@ def test_every_medium_is_read_alone():
     torch.testing.assert_close(resampler(media).flatten(0, 1), alone)
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_statistics_taken_once_change_nothing(qk_norm, monkeypatch):
+    """Many media are normalised once, few in every layer: the same outputs and gradients."""
+    resampler, media, found = _resampler(qk_norm=qk_norm).double(), torch.randn(2, 2, 1, 12, 16).double(), []
+    for name, parameter in resampler.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter)
+    assert resampler._many(media.flatten(0, 1).flatten(1, 2)) and not resampler._many(media[:1, 0, 0])
+    for many in (True, False):
+        monkeypatch.setattr(resampler, "_many", lambda media, many=many: many)
+        leaf = media.clone().requires_grad_()
+        y = resampler(leaf)
+        found.append((y, *torch.autograd.grad(y.square().sum(), (leaf, *resampler.parameters()))))
+    torch.testing.assert_close(*found)
+
+
 def test_no_media_give_no_latents():
     media = torch.randn(2, 0, 1, 5, 16, requires_grad=True)
     y = _resampler(max_media=2)(media)

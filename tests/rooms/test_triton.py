@@ -20,17 +20,14 @@ warnings.filterwarnings("ignore")  # numpy's opinion of the interpreter
 import torch
 from mmkernels import using
 from mmkernels.primitives import _accuracy as accuracy
+from mmkernels.ops.resampler import composed
 from mmkernels.rooms import rooms
 
-skipped = {  # refused, or slow
-    "interval_attention": {"width-20", "many-tiles", "dense", "any-order-grouped"},
-    "grouped_linear": {"100-groups", "512-groups", "quick_gelu", "all-in-one-group", "in-order", "lora-segments"},
-    "route_groups": set(),
-}
-room = rooms()[sys.argv[1]]
+room, skipped = rooms()[sys.argv[1]], sys.argv[2].split(",")
+composed.pieces = lambda sizes, device: 2  # as on a GPU that few queries leave idle
 for case in room.tests:
     for dtype in (torch.float32, torch.float16):
-        if case.name in skipped[room.name] or (case.name == "width-256" and dtype == torch.float32):
+        if case.name in skipped or (case.name == "width-256" and dtype == torch.float32):
             continue
         if room.name != "interval_attention" and dtype not in case.dtypes:
             continue
@@ -42,17 +39,28 @@ for case in room.tests:
         print(case.name, dtype, whose, f"{excess:.2f}", "WRONG" if excess > 1 else "")
 """
 
+SKIPPED = {  # refused; slow; float64 alone; told nothing new by
+    "interval_attention": ("width-20", "many-tiles", "dense", "any-order-grouped"),
+    "gated_cross_attention": ("width-20", "many-tiles"),
+    "grouped_linear": ("100-groups", "512-groups", "quick_gelu", "all-in-one-group", "in-order", "lora-segments"),
+    "route_groups": (),
+    "resampler": ("width-20", "many-tiles", "width-88", "absorbed", "absorbed-even", "absorbed-by-groups", "small",
+                  "small-ragged", "small-shared", "media-alone", "ragged-alone", "ragged-one-image", "perceiver", "shared",
+                  "shared-own", "no-media-but-own"),
+}  # fmt: skip
+LEAST = {
+    "interval_attention": 60, "gated_cross_attention": 15, "grouped_linear": 25, "route_groups": 15, "resampler": 12,
+}  # fmt: skip
 
+
+@pytest.mark.parametrize("room", SKIPPED)
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize(
-    ("room", "least"), [("interval_attention", 60), ("grouped_linear", 25), ("route_groups", 15)]
-)
-def test_the_interpreted_kernels_obey_the_accuracy_rule(room: str, least: int) -> None:
+def test_the_interpreted_kernels_obey_the_accuracy_rule(room: str) -> None:
     run = subprocess.run(
-        [sys.executable, "-c", _CHECK, room],
+        [sys.executable, "-c", _CHECK, room, ",".join(SKIPPED[room])],
         capture_output=True,
         text=True,
         env=os.environ | {"TRITON_INTERPRET": "1"},
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    assert len(run.stdout.splitlines()) >= least and "WRONG" not in run.stdout, run.stdout
+    assert len(run.stdout.splitlines()) >= LEAST[room] and "WRONG" not in run.stdout, run.stdout
