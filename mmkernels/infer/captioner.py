@@ -56,9 +56,7 @@ class Captioner:
         places, mask = self.model.expand(ids)
         pixels = self._pixels(pictures).to(device)
         told: dict[str, Any] = self._instruction(prompt, len(pictures))
-        if mask is not None:
-            told["attention_mask"] = mask
-        answer = self.model.generate(pixels, places, max_new_tokens=max_new_tokens, **told)
+        answer = self.model.generate(pixels, places, mask, max_new_tokens=max_new_tokens, **told)
         return self.tokenizer.decode(answer[0].tolist()).strip()
 
     def _text(self, pictures: int, prompt: str) -> str:
