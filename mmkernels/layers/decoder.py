@@ -41,7 +41,7 @@ class DecoderConfig:
     """A causal language model around its blocks, as the published `family` (a name of `Decoder.sources`) builds it.
 
     `positions` is "alibi", "rotary" (over `rotary_fraction` of each head), "learned" or "none"; `window` limits how far back a
-    row sees; `tied` makes the embedding the head too. `rotary_scaling` divides rotary positions.
+    row sees; `tied` makes the embedding the head too. `rotary_scaling` divides rotary positions; fresh embeddings have `std`.
     """
 
     family: str
@@ -57,6 +57,7 @@ class DecoderConfig:
     tied: bool = False
     head_bias: bool = False
     rotary_scaling: float = 1.0
+    std: float = 0.02
 
 
 class Block(nn.Module):
@@ -100,14 +101,14 @@ class Decoder(nn.Module):
         _check.choice("positions", c.positions, ("alibi", "rotary", "learned", "none"))
         self.special = special
         self.embedding = nn.Embedding(c.vocab, c.block.width)
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        rows = torch.empty(len(special), c.block.width).normal_(std=0.02)
+        nn.init.normal_(self.embedding.weight, std=c.std)
+        rows = torch.empty(len(special), c.block.width).normal_(std=c.std)
         self.special_rows = (
             nn.Parameter(rows) if special else None
         )  # an unused parameter would stop a distributed step
         if c.positions == "learned":
             self.position_embedding = nn.Embedding(c.max_positions + c.position_offset, c.block.width)
-            nn.init.normal_(self.position_embedding.weight, std=0.02)
+            nn.init.normal_(self.position_embedding.weight, std=c.std)
         self.blocks = nn.ModuleList(Block(c.block) for _ in range(c.layers))
         self.norm = make_norm(c.block.norm, c.block.width, eps=c.block.eps, bias=c.block.norm_bias)
         self.head = None if c.tied else nn.Linear(c.block.width, c.vocab, c.head_bias)

@@ -44,11 +44,11 @@ _TOWERS = Stage(
     "towers",  # no published part is this small: the tower learns to name pictures, the language model to write captions
     trainable=("vision.*", "lm.*"),
     losses={"pictures": 1.0, "text": 1.0},
-    mix={"pictures": 4.0, "text": 1.0},
+    mix={"pictures": 8.0, "text": 1.0},
     learning_rate=2e-3,
     schedule="cosine",
     warmup=0.2,
-    steps=250,
+    steps=400,
 )
 
 
@@ -67,12 +67,15 @@ PRESETS = (
         "otter-9b": _flamingo(language.MPT_7B, every=4, stage=_OTTER),
         "flamingo-tiny": FlamingoConfig(
             vision=VisionConfig(
-                image_size=32, patch_size=8, width=128, layers=2, heads=4, hidden=256, activation="gelu"
+                image_size=32, patch_size=8, width=128, layers=3, heads=4, hidden=256, activation="gelu"
             ),
             lm=language.TINY,
             cross=CrossConfig(every=2, heads=4, head_dim=32, ff_mult=2),
             tokens=Tokens(image=2, end_of_chunk=3, end_of_text=1, pad=0),
-            stages=(_TOWERS, replace(_OPEN_FLAMINGO, learning_rate=4e-3, warmup=0.1, steps=350)),
+            stages=(
+                _TOWERS,
+                replace(_OPEN_FLAMINGO, learning_rate=4e-3, schedule="cosine", warmup=0.1, steps=350),
+            ),
             resampler=ResamplerConfig(depth=2, heads=4, head_dim=32, latents=8, ff_mult=2, max_frames=8),
         ),
     }
