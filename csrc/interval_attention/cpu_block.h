@@ -130,8 +130,9 @@ MMK_INLINE void ask_ahead(const IntervalAttention& p, const Tokens& x, const Blo
     if (!block.loaded[r])
       prefetch(row_of(x, p.rows, block.b, block.t[r], block.h[r]), p.D * bytes_of(p.rows));
 }
+constexpr int64_t kAskedKeys = 16;  // an image may have few rows
 MMK_INLINE void ask_for_tile(const IntervalAttention& p, const Block& block, int64_t key, int64_t& asked) {
-  for (const int64_t end = asked + kRows + 1; asked < end && asked < kTileKeys && key + asked < p.J;
+  for (const int64_t end = asked + kAskedKeys; asked < end && asked < kTileKeys && key + asked < p.J;
        ++asked) {
     prefetch(row_of(p.k, p.keys, block.b, key + asked, block.g), p.D * bytes_of(p.keys));
     prefetch(row_of(p.v, p.keys, block.b, key + asked, block.g), p.D * bytes_of(p.keys));
