@@ -88,8 +88,7 @@ static void weigh_row(const IntervalAttention& p, const Block& block, const Back
       weight = select(seen, exp(score(rule, load(s + n * W), n, -__builtin_inff()) - lse), Vec{});
       const IVec keep = p.threshold ? kept(p, state, key, n) : ~IVec{};
       const Vec slope = (Vec)((IVec)load(dp + n * W) & keep) * scale;
-      if (!rule.uniform)
-        ds = select(seen, weight * (alone ? splat(w.dlse[r]) : slope - delta), Vec{});
+      if (!rule.uniform) ds = select(seen, weight * (alone ? splat(w.dlse[r]) : slope - delta), Vec{});
       weight = (Vec)((IVec)weight & keep) * scale;
     }
     store(s + n * W, weight);
