@@ -82,12 +82,13 @@ def _first_line(*command: str) -> str:
 @functools.cache
 def flops(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of a large product: in float32, or in the lower dtype where the machine is faster in it."""
-    best = _product(device, torch.float32)
-    return best if dtype == torch.float32 else max(best, _product(device, dtype))
+    best = product(device, torch.float32)
+    return best if dtype == torch.float32 else max(best, product(device, dtype))
 
 
 @functools.cache
-def _product(device: str, dtype: torch.dtype) -> float:
+def product(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of the library's product in this very dtype."""
     size = 8192 if device == "cuda" else 1536
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2.0 * size**3 / _best(lambda: a @ b, device)
@@ -116,7 +117,7 @@ def _best(function: Any, device: str) -> float:
 def rates(device: str, dtypes: list[torch.dtype]) -> dict[str, float]:
     """GFLOP/s and GB/s, for the record."""
     found = {
-        f"{str(dtype).removeprefix('torch.')}_gflops": significant(_product(device, dtype) / 1e9)
+        f"{str(dtype).removeprefix('torch.')}_gflops": significant(product(device, dtype) / 1e9)
         for dtype in dtypes
     }
     for size in (1 << 20, 1 << 24, 1 << 28):

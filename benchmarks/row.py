@@ -19,6 +19,7 @@ from mmkernels.primitives._case import Case, Cost, Inputs, Peer, Room, Unsuited
 from mmkernels.primitives._op import BACKENDS, OPS
 
 CPU_FLOPS = 5e10  # a larger forward pass would keep two cores busy for minutes
+CPU_SECONDS = 0.4  # at the rate of the library's products in the row's dtype: bfloat16 runs at 1 % of float32's on some CPUs
 GATE_BYTES = 3e8  # the float64 law is dense: a row whose scores are larger is judged with fewer samples
 
 
@@ -28,8 +29,8 @@ def bench(room: Room, case: Case, dtype: torch.dtype, wanted: Wanted) -> Iterato
     inputs = room.make(seed=1, dtype=dtype, device=wanted.device, **case.sizes)
     cost = room.cost(inputs)
     passes = wanted.passes or case.passes
-    if wanted.device == "cpu" and cost.flops > CPU_FLOPS:
-        why = f"{cost.flops / 1e9:.0f} GFLOP in a forward pass are too many for a CPU"
+    why = _too_long(cost, dtype, wanted)
+    if why:
         yield from ({**head, "pass": which, "skipped": why} for which in passes)
         return
     verdict = gate(room, case, dtype, wanted.device)
@@ -41,6 +42,19 @@ def bench(room: Room, case: Case, dtype: torch.dtype, wanted: Wanted) -> Iterato
             row["share_of_floor"] = measure.significant(row["floor_ms"] / row["ms"]["median"])
         gc.collect()
         yield row
+
+
+def _too_long(cost: Cost, dtype: torch.dtype, wanted: Wanted) -> str:
+    """Why a row is not run on a CPU ("" when it is): its peers would take minutes. A shape asked for by name may be slow."""
+    if wanted.device != "cpu":
+        return ""
+    rate = machine.product(wanted.device, dtype)
+    if cost.flops > CPU_FLOPS:
+        return f"{cost.flops / 1e9:.0f} GFLOP in a forward pass are too many for a CPU"
+    if not wanted.shapes and cost.flops / rate > CPU_SECONDS:
+        slow = f"{rate / 1e9:.2g} GFLOP/s in {dtype_name(dtype)}"
+        return f"{cost.flops / 1e9:.2g} GFLOP at this CPU's {slow} take long; ask for it by --shape"
+    return ""
 
 
 def gate(room: Room, case: Case, dtype: torch.dtype, device: str) -> Row:
