@@ -95,11 +95,27 @@ MMK_INLINE bool next_group(const Block& block, int64_t after, bool finite, Group
   return true;
 }
 
+// A whole float tile, `ld` floats from row to row. Two sums, since each waits for its last term.
+static bool copy_tile(const float* from, int64_t ld, int64_t width, float* rows) {
+  Vec zero{}, other{};
+  for (int64_t j = 0; j < kTileKeys; ++j, from += ld, rows += width)
+    for (int64_t i = 0; i < width; i += 2 * W) {
+      const Vec a = load(from + i), b = load(from + i + W);
+      zero = fma(a, Vec{}, zero);
+      other = fma(b, Vec{}, other);
+      store(rows + i, a);
+      store(rows + i + W, b);
+    }
+  return reduce_sum(zero + other) == 0.f;
+}
+
 // Rows [64, width] of the tile's keys or values: those that someone sees, the others as 0. Returns true if
 // all are finite.
 static bool load_tile(const IntervalAttention& p, const Tokens& x, const Block& block, int64_t key,
                       uint64_t cover, float* rows) {
   const int64_t width = padded_width(p);
+  if (p.keys == Dtype::f32 && cover == ~uint64_t{0} && p.D % (2 * W) == 0)
+    return copy_tile(static_cast<const float*>(row_of(x, p.keys, block.b, key, block.g)), x.t, width, rows);
   Vec zero{};
   for (int64_t j = 0; j < kTileKeys; ++j, rows += width) {
     if (cover >> j & 1)
@@ -130,7 +146,9 @@ MMK_INLINE void ask_ahead(const IntervalAttention& p, const Tokens& x, const Blo
     if (!block.loaded[r])
       prefetch(row_of(x, p.rows, block.b, block.t[r], block.h[r]), p.D * bytes_of(p.rows));
 }
-constexpr int64_t kAskedKeys = 16;  // an image may have few rows
+// Called four times a group, so that memory is asked for evenly: an image may have few rows, and a burst of
+// requests fills the line buffers that the products' own loads need.
+constexpr int64_t kAskedKeys = 4;
 MMK_INLINE void ask_for_tile(const IntervalAttention& p, const Block& block, int64_t key, int64_t& asked) {
   for (const int64_t end = asked + kAskedKeys; asked < end && asked < kTileKeys && key + asked < p.J;
        ++asked) {

@@ -122,10 +122,13 @@ static void attend_tile(const IntervalAttention& p, Block& block, Forward& f, in
     const int from = g.from / W, to = (g.to + W - 1) / W;
     gemm(g.rows, to - from, {f.q + g.first * width, width, 1}, f.kt + from * W, kTileKeys, f.s + from * W,
          kTileKeys, p.D, Start::zero);
+    ask_for_tile(p, block, key + kTileKeys, asked);
     float alpha[kPaddedRows] = {};
     soften(p, block, f, g, key, from, to, alpha);
+    ask_for_tile(p, block, key + kTileKeys, asked);
     gemm(g.rows, width / W, {f.s + g.from, kTileKeys, 1}, f.v + g.from * width, width, f.o + g.first * width,
          width, g.to - g.from, Start::scale, alpha);
+    ask_for_tile(p, block, key + kTileKeys, asked);
     for (int64_t r = g.first; r < g.first + g.rows; ++r)
       if (block.seen[r] && block.hi[r] <= key + kTileKeys) store_row(p, block, f, r);
   }
