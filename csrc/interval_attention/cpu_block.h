@@ -34,6 +34,8 @@ struct Block {
                             // that memory works while registers do
   uint64_t seen[kBlockRows];  // of the tile at hand: bit j is set when the row sees key j of the tile
   int32_t least, most;        // the hull of the intervals that are not empty
+  bool ascends;               // neither lo nor hi ever falls: those who see a tile lie between two rows
+  int64_t begin, end;         // those two: no other row sees a key of the tile at hand
 
   bool empty(int64_t r) const { return hi[r] == lo[r]; }
   bool learns(int64_t r) const { return !empty(r) && !uniform[r]; }
@@ -47,6 +49,9 @@ static void open_block(const IntervalAttention& p, int64_t b, int64_t g, int64_t
   block.rows = block.first + size < total ? size : total - block.first;
   block.least = static_cast<int32_t>(p.J);
   block.most = 0;
+  block.ascends = true;
+  block.begin = 0;
+  block.end = block.rows;
   for (int64_t r = 0; r < block.rows; ++r) {
     const int64_t t = (block.first + r) / n;
     const int64_t lo = static_cast<const int32_t*>(p.lo.p)[at(p.lo, b, 0, t)];
@@ -57,16 +62,23 @@ static void open_block(const IntervalAttention& p, int64_t b, int64_t g, int64_t
     block.h[r] = static_cast<int32_t>(g * n + (block.first + r) % n);
     block.uniform[r] = p.uniform.p && static_cast<const bool*>(p.uniform.p)[at(p.uniform, b, 0, t)];
     block.loaded[r] = false;
+    if (r > 0 && (block.lo[r] < block.lo[r - 1] || block.hi[r] < block.hi[r - 1])) block.ascends = false;
     if (block.empty(r)) continue;
     if (block.lo[r] < block.least) block.least = block.lo[r];
     if (block.hi[r] > block.most) block.most = block.hi[r];
   }
 }
 
-// Sets `seen` for the keys [key, key + 64) and returns the union: no key outside of it may be touched.
+// Sets `seen` for the keys [key, key + 64) and returns the union: no key outside of it may be touched. A block's
+// tiles come in ascending order.
 static uint64_t look_at_tile(Block& block, int64_t key) {
   uint64_t cover = 0;
-  for (int64_t r = 0; r < block.rows; ++r) {
+  if (block.ascends) {
+    while (block.begin < block.rows && block.hi[block.begin] <= key) ++block.begin;
+    block.end = block.begin;
+    while (block.end < block.rows && block.lo[block.end] < key + kTileKeys) ++block.end;
+  }
+  for (int64_t r = block.begin; r < block.end; ++r) {
     const int64_t from = block.lo[r] > key ? block.lo[r] - key : 0;
     const int64_t to = block.hi[r] - key < kTileKeys ? block.hi[r] - key : kTileKeys;
     block.seen[r] = to > from ? ~uint64_t{0} >> (64 - (to - from)) << from : 0;
@@ -83,11 +95,12 @@ struct Group {
   int32_t from, to;  // the hull of what they see, keys of the tile
 };
 MMK_INLINE bool next_group(const Block& block, int64_t after, bool finite, Group& group) {
-  while (after < block.rows && block.seen[after] == 0) ++after;
-  if (after == block.rows) return false;
+  if (after < block.begin) after = block.begin;
+  while (after < block.end && block.seen[after] == 0) ++after;
+  if (after >= block.end) return false;
   uint64_t cover = 0;
   int64_t end = after;
-  for (int64_t r = after; r < block.rows && r < after + (finite ? kRows : 1); ++r) {
+  for (int64_t r = after; r < block.end && r < after + (finite ? kRows : 1); ++r) {
     cover |= block.seen[r];
     if (block.seen[r]) end = r + 1;
   }
@@ -155,6 +168,10 @@ MMK_INLINE void ask_for_tile(const IntervalAttention& p, const Block& block, int
     prefetch(row_of(p.k, p.keys, block.b, key + asked, block.g), p.D * bytes_of(p.keys));
     prefetch(row_of(p.v, p.keys, block.b, key + asked, block.g), p.D * bytes_of(p.keys));
   }
+}
+MMK_INLINE void ask_for_values(const IntervalAttention& p, const Block& block, int64_t key) {
+  for (int64_t j = 0; j < kTileKeys && key + j < p.J; ++j)
+    prefetch(row_of(p.v, p.keys, block.b, key + j, block.g), p.D * bytes_of(p.keys));
 }
 
 // How the products q k of a row with the tile's keys, already scaled, become scores. `plain`: they are the

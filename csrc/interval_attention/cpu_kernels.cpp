@@ -106,10 +106,11 @@ static void soften(const IntervalAttention& p, const Block& block, Forward& f, c
   }
 }
 
-static void attend_tile(const IntervalAttention& p, Block& block, Forward& f, int64_t key) {
+static void attend_tile(const IntervalAttention& p, Block& block, Forward& f, int64_t key, bool first) {
   const uint64_t cover = look_at_tile(block, key);
   if (cover == 0) return;
   const int64_t width = padded_width(p);
+  if (first) ask_for_values(p, block, key);  // they come while the keys are transposed
   load_transposed(p, p.k, block, key, cover, f.rows, f.kt);
   const bool finite = load_tile(p, p.v, block, key, cover, f.v);
   Group g;
@@ -153,7 +154,7 @@ void forward(const IntervalAttention& p, int64_t task, float* workspace) {
     store_row(p, block, f, r);
   }
   for (int64_t key = block.least / kTileKeys * kTileKeys; key < block.most; key += kTileKeys)
-    attend_tile(p, block, f, key);
+    attend_tile(p, block, f, key, key <= block.least);
 }
 
 }  // namespace MMKERNELS_ISA
