@@ -85,7 +85,7 @@ LAVIN = {
         lm=_TINY_LM,
         tokens=Tokens(image=2, end_of_chunk=3, end_of_text=1, pad=0),
         marks=Marks(modality=508, bos=1, image_prefix=(509, 510), text_prefix=(509, 511)),  # above what captions need
-        stages=(_TOWERS, replace(_MIXTURE, learning_rate=4e-3, clip=1.0, steps=400)),
+        stages=(_TOWERS, replace(_MIXTURE, learning_rate=4e-3, clip=1.0, steps=600)),
         hidden=64,
     ),
 }  # fmt: skip

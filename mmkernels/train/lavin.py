@@ -29,9 +29,9 @@ def mixtures(dataset: Dataset, tokenizer: Tokenizer, config: LavinConfig, seed: 
 
 
 class LavinObjectives(Objectives):
-    """`pictures`: the mean class token tells the caption's number, as for other towers. `echoes`: captions behind their own
-    words, in the places of a picture; `text`: all words of questions without a picture; `mixture`: the answers of questions
-    with a picture and without one.
+    """`pictures`: the mean class token tells the caption's number, as for other towers. The others predict answers, which are
+    captions: `echoes` behind their own words in the places of a picture, `text` to questions about two captions, `mixture` to
+    questions with a picture and without one.
     """
 
     model: Any
@@ -49,13 +49,8 @@ class LavinObjectives(Objectives):
             "mixture": self.sequences.mixture,
         }
         batch: Batch = draw[name](number, self._size(name, stage.mix))
-        labels = answer_labels(batch, NOTHING)
-        if name == "text":
-            labels = torch.where(batch.attention_mask, batch.input_ids, NOTHING)
-            labels[:, : len(self.sequences.openings[0])] = NOTHING
-        return self.model(
-            **_told(self.model, batch, batch.images, self.device), labels=labels.to(self.device)
-        ).loss
+        labels = answer_labels(batch, NOTHING).to(self.device)
+        return self.model(**_told(self.model, batch, batch.images, self.device), labels=labels).loss
 
 
 def _told(model: Any, batch: Batch, images: Tensor, device: Any) -> dict[str, Tensor | None]:

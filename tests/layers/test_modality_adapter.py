@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels import weights
-from mmkernels.layers import ModalityAdapter
+from mmkernels.layers import AdapterConfig, Block, BlockConfig, ModalityAdapter
+from mmkernels.layers.attention import Visibility
 
 B, T, C = 3, 5, 12
 
@@ -202,6 +203,34 @@ def test_one_graph():
     compiled = torch.compile(module, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), module(x))
     torch.testing.assert_close(compiled(x, torch.rand(B, 2)).shape, x.shape)
+
+
+def test_a_block_drops_whole_sums_of_a_sequence():
+    """Stochastic depth: each of a sequence's two sums is left out, or counts double at p = 1/2."""
+    torch.manual_seed(0)
+    block = Block(BlockConfig(C, 2, 16, drop_path=0.5, adapter=AdapterConfig())).train()
+    x = torch.randn(1, T, C)
+    hi = torch.arange(1, T + 1, dtype=torch.int32)[None]
+    with torch.no_grad():
+        attended = block.attention(block.attention_norm(x), Visibility(torch.zeros_like(hi), hi))
+        found = set()
+        for _ in range(40):
+            y = block(x, Visibility(torch.zeros_like(hi), hi))
+            for a in (0, 2):
+                h = x + a * attended
+                for m in (0, 2):
+                    if torch.allclose(y, h + m * block.mlp(block.mlp_norm(h)), atol=1e-5):
+                        found.add((a, m))
+                        break
+        assert found == {(0, 0), (0, 2), (2, 0), (2, 2)}
+        assert torch.equal(
+            block.eval()(x, Visibility(torch.zeros_like(hi), hi)),
+            block(x, Visibility(torch.zeros_like(hi), hi)),
+        )
+    with pytest.raises(
+        ValueError, match="reads: got 'last', expected one of 'first', 'token', 'first_image'"
+    ):
+        Block(BlockConfig(C, 2, 16, adapter=AdapterConfig(reads="last")))
 
 
 def test_bad_input_is_refused_by_name():

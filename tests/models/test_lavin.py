@@ -13,6 +13,8 @@ from torch import Tensor
 
 from mmkernels import models, weights
 from mmkernels.layers import VisionConfig, VisionTower
+from mmkernels.layers.attention import rotary_table, rotate
+from mmkernels.layers.decoder_tables import halves
 from mmkernels.models import LavinConfig
 
 TINY: Any = models.config("lavin-tiny")
@@ -251,3 +253,17 @@ def test_a_file_of_adapters_alone_is_enough():
     del s["layers.1.adapter_attn.conv_D.bias"]
     with pytest.raises(ValueError, match=r"missing: layers\.1\.adapter_attn\.conv_D\.bias"):
         weights.load(model, s, source="lavin")
+
+
+def test_rotary_pairs_become_halves_also_with_fewer_keys_than_queries():
+    h, g, d, t, c = 4, 2, 6, 5, 7
+    rows, x = torch.randn((h + 2 * g) * d, c, dtype=torch.float64), torch.randn(1, t, c, dtype=torch.float64)
+    table = rotary_table(torch.arange(t)[None], d, 10_000.0, torch.float64)
+    ours = (x @ halves(rows, h, g).T).unflatten(-1, (-1, d))
+    theirs = (x @ rows.T).unflatten(-1, (-1, d))
+    assert torch.equal(ours[:, :, h + g :], theirs[:, :, h + g :])
+    a, b = rotate(ours[:, :, : h + g], table), published._turn(theirs[:, :, : h + g], 0)
+    scores = [
+        torch.einsum("bihd,bjhd->bhij", y[:, :, :h], y[:, :, h:].repeat_interleave(2, 2)) for y in (a, b)
+    ]
+    torch.testing.assert_close(*scores)
