@@ -22,7 +22,11 @@ def add(subparsers: Any) -> None:
         "--checkpoint", type=Path, required=True, help="a run's folder, or one of its checkpoints"
     )
     parser.add_argument(
-        "--image", type=Path, action="append", required=True, help="a picture; may be repeated"
+        "--image",
+        type=Path,
+        action="append",
+        default=[],
+        help="a picture; may be repeated; lavin can do without",
     )
     parser.add_argument(
         "--prompt", default="", help="words to continue; <image> says where each picture stands"

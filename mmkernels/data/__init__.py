@@ -10,6 +10,7 @@ from mmkernels.data import digits, stamps
 from mmkernels.data.dataset import Dataset as Dataset
 from mmkernels.data.dialogues import Dialogues as Dialogues
 from mmkernels.data.images import ImageError as ImageError
+from mmkernels.data.mixtures import Mixtures as Mixtures
 from mmkernels.data.pairs import Pairs as Pairs
 from mmkernels.data.sequences import Batch as Batch
 from mmkernels.data.sequences import Sequences as Sequences

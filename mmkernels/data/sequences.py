@@ -96,7 +96,8 @@ class Sequences:
         for row, document in enumerate(documents):
             text = torch.tensor(document.ids[:longest])
             ids[row, : len(text)] = text
-            pixels[row, : len(document.views)] = _normalised(document.views)
+            if document.views:
+                pixels[row, : len(document.views)] = _normalised(document.views)
         answers = torch.tensor([d.answer for d in documents]).clamp(max=longest)
         return Batch(
             pixels, ids, ids != self.tokenizer.pad, answers, torch.tensor([d.caption for d in documents])

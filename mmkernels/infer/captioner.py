@@ -16,7 +16,7 @@ from mmkernels.data import Tokenizer, images, store
 from mmkernels.data.pairs import INSTRUCTIONS
 from mmkernels.data.sequences import MAX_IMAGES
 from mmkernels.data.tokenizer import IMAGE
-from mmkernels.models import LlamaVid, MultimodalModel, weights
+from mmkernels.models import Lavin, LlamaVid, MultimodalModel, weights
 from mmkernels.models.qformer import Instruction
 
 Picture = str | Path | Image.Image
@@ -47,21 +47,24 @@ class Captioner:
         """Continues a prompt about pictures; greedy, so the same again every time.
 
         A prompt that holds `<image>` says where each picture stands; otherwise all pictures stand before it, and the
-        continuation is about the last one.
+        continuation is about the last one. LaVIN takes one picture or none.
         **Raises** ValueError when pictures and places differ in number; ImageError for a picture that cannot be read.
         """
         text = self._text(len(pictures), prompt)
         device = next(self.model.parameters()).device
         ids = torch.tensor([self.tokenizer.encode(text)], device=device)
         places, mask = self.model.expand(ids)
-        pixels = self._pixels(pictures).to(device)
+        pixels = self._pixels(pictures).to(device) if pictures else None
         told: dict[str, Any] = self._instruction(prompt, len(pictures))
         answer = self.model.generate(pixels, places, mask, max_new_tokens=max_new_tokens, **told)
         return self.tokenizer.decode(answer[0].tolist()).strip()
 
     def _text(self, pictures: int, prompt: str) -> str:
-        if not 1 <= pictures <= MAX_IMAGES:
-            raise ValueError(f"pictures: got {pictures}, expected 1 to {MAX_IMAGES}")
+        least, most = (0, 1) if isinstance(self.model, Lavin) else (1, MAX_IMAGES)
+        if not least <= pictures <= most:
+            raise ValueError(f"pictures: got {pictures}, expected {least} to {most}")
+        if not pictures and not prompt.strip():
+            raise ValueError("prompt: got none, expected words where there is no picture")
         places = prompt.count(IMAGE)
         if places not in (0, pictures):
             raise ValueError(

@@ -16,18 +16,21 @@ class Visibility(NamedTuple):
     """What all layers of a stack share: which keys a row sees, and how positions enter.
 
     lo, hi int32 `[B, T]`; rotary `(cos, sin)`, each `[B, T, 1, R / 2]`, turns the first R of every head; slopes `[H]` is ALiBi.
+    `first [B]` is where a row's first token stands, for adapters that read it; None: at 0.
     """
 
     lo: Tensor
     hi: Tensor
     rotary: tuple[Tensor, Tensor] | None = None
     alibi_slopes: Tensor | None = None
+    first: Tensor | None = None
 
 
 class KVCache:
     """Keys and values of every layer in two buffers that never move: `[layers, B, capacity, G, D]`.
 
-    `length` tokens are filled; `start` `[B]` counts the padding before each row's first token.
+    `length` tokens are filled; `start` `[B]` counts the padding before each row's first token. `kept` is what a layer's
+    adapter decided when its rows began.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class KVCache:
         self.v = torch.zeros_like(self.k)
         self.start = torch.zeros(shape[1], dtype=torch.int32, device=device)
         self.length = 0
+        self.kept: dict[int, Tensor] = {}
 
     @property
     def capacity(self) -> int:

@@ -12,13 +12,17 @@ from mmkernels.layers._published import Table
 from mmkernels.layers.attention import KVCache, SelfAttention, Visibility, alibi_slopes, rotary_table
 from mmkernels.layers.decoder_tables import LAYOUTS, decoder_table
 from mmkernels.layers.mlp import MLP
+from mmkernels.layers.modality_adapter import AdapterConfig, ModalityAdapter, adapters_table
 from mmkernels.layers.norm import make_norm
 from mmkernels.primitives import _check
 
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """A pre-norm transformer block: `x += attention(norm(x)); x += mlp(norm(x))`, or both from one norm when `parallel`."""
+    """A pre-norm transformer block: `x += attention(norm(x)); x += mlp(norm(x))`, or both from one norm when `parallel`.
+
+    With an `adapter` it stands before the attention. Training drops each of a sequence's two sums with probability `drop_path`.
+    """
 
     width: int
     heads: int
@@ -34,6 +38,8 @@ class BlockConfig:
     mlp_bias: bool = True
     qk_norm: str | None = None
     parallel: bool = False
+    adapter: AdapterConfig | None = None
+    drop_path: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -73,15 +79,32 @@ class Block(nn.Module):
         )  # fmt: skip
         self.mlp_norm = None if c.parallel else make_norm(c.norm, c.width, eps=c.eps, bias=c.norm_bias)
         self.mlp = MLP(c.width, c.hidden, c.activation, bias=c.mlp_bias)
+        self.adapter = None if c.adapter is None else _adapter(c.width, c.adapter)
 
     def forward(self, x: Tensor, seen: Visibility, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         """x `[B, T, C]` -> the same shape; with a cache the T rows continue what `layer` has stored."""
         normed = self.attention_norm(x)
-        attended = self.attention(normed, seen, cache, layer)
+        adapted = normed
+        if self.adapter is not None and self.config.adapter is not None:
+            kept = None if cache is None else cache.kept
+            adapted = self.adapter.adapt(normed, self.config.adapter.reads, seen.first, kept, layer)
+        attended = self._drop(self.attention(adapted, seen, cache, layer))
         if self.mlp_norm is None:
-            return x + attended + self.mlp(normed)
+            return x + attended + self._drop(self.mlp(normed))
         x = x + attended
-        return x + self.mlp(self.mlp_norm(x))
+        return x + self._drop(self.mlp(self.mlp_norm(x)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        """Stochastic depth, a sequence at a time; what stays is scaled up."""
+        p = self.config.drop_path
+        if p == 0 or not self.training:
+            return x
+        return x * F.dropout(x.new_ones(x.shape[0], 1, 1), p)
+
+
+def _adapter(width: int, c: AdapterConfig) -> ModalityAdapter:
+    _check.choice("reads", c.reads, ("first", "token", "first_image"))
+    return ModalityAdapter(width, c.rank, c.groups, c.temperature, c.scale, c.router_dtype, c.routed)
 
 
 class Decoder(nn.Module):
@@ -173,7 +196,15 @@ class Decoder(nn.Module):
     def published(self, source: str) -> Table:
         """Where the authors' files keep the model's parameters."""
         c = self.config
-        return decoder_table(source, heads=c.block.heads, vocab=c.vocab, special=self.special, tied=c.tied)
+        table = decoder_table(
+            source,
+            heads=c.block.heads,
+            kv_heads=c.block.kv_heads,
+            vocab=c.vocab,
+            special=self.special,
+            tied=c.tied,
+        )
+        return table + adapters_table(self.blocks, source, "layers") if source == "lavin" else table
 
 
 def _start(mask: Tensor | None, cache: KVCache | None) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mmkernels.layers._published import Rule, Table
@@ -22,6 +23,7 @@ class Layout:
     up: tuple[str, ...]
     heads_first: bool = False  # rows of qkv are [q; k; v] head by head
     positions: str = ""  # the table of learned positions, where there is one
+    pairs: bool = False  # rotary turns neighbouring channels: rows of q and k are brought into halves
 
 
 LAYOUTS = {
@@ -84,6 +86,14 @@ LAYOUTS = {
         ),
         qkv=("self_attn.query_key_value",), up=("mlp.dense_h_to_4h",), heads_first=True,
     ),
+    "lavin": Layout(  # Meta's own files of LLaMA
+        embedding="tok_embeddings", layers="layers", norm="norm", head=("output",),
+        inside=(
+            ("attention_norm", "attention_norm"), (r"attention\.out", "attention.wo"), ("mlp_norm", "ffn_norm"),
+            (r"mlp\.down", "feed_forward.w2"),
+        ),
+        qkv=("attention.wq", "attention.wk", "attention.wv"), up=("feed_forward.w1", "feed_forward.w3"), pairs=True,
+    ),
 }  # fmt: skip
 
 
@@ -95,13 +105,16 @@ def embedding_rules(key: str, vocab: int, special: tuple[int, ...]) -> tuple[Rul
     )
 
 
-def decoder_table(source: str, *, heads: int, vocab: int, special: tuple[int, ...], tied: bool) -> Table:
+def decoder_table(
+    source: str, *, heads: int, kv_heads: int | None = None, vocab: int, special: tuple[int, ...], tied: bool
+) -> Table:
     """The whole table of one family, for a decoder with these sizes."""
     layout = LAYOUTS[source]
     at, theirs = r"blocks\.(\d+)\.", f"{layout.layers}.{{0}}."
 
-    def joined(ours: str, names: tuple[str, ...], heads_first: bool = False) -> Rule:
+    def joined(ours: str, names: tuple[str, ...], heads_first: bool = False, pairs: bool = False) -> Rule:
         view = (lambda t: heads_last(t, heads)) if heads_first else None
+        view = (lambda t: halves(t, heads, kv_heads or heads)) if pairs else view
         return Rule(rf"{at}{ours}\.(\w+)", tuple(f"{theirs}{name}.{{1}}" for name in names), view)
 
     def rows(t: Tensor) -> Tensor:
@@ -112,13 +125,14 @@ def decoder_table(source: str, *, heads: int, vocab: int, special: tuple[int, ..
             *embedding_rules(f"{layout.embedding}.weight", vocab, special),
             Rule(r"position_embedding\.weight", (f"{layout.positions}.weight",)),
             *(joined(ours, (name,)) for ours, name in layout.inside),
-            joined(r"attention\.qkv", layout.qkv, layout.heads_first),
+            joined(r"attention\.qkv", layout.qkv, layout.heads_first, layout.pairs),
             joined(r"mlp\.up", layout.up),
             Rule(r"norm\.(\w+)", (f"{layout.norm}.{{0}}",)),
             *(Rule(r"head\.(\w+)", (f"{head}.{{0}}",), rows) for head in layout.head),
         ),
         ignored=(
             r".*\.(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias)",  # constants
+            r"rope\.freqs|layers\.\d+\.attention\.gate",
             *(rf"{head}\.weight" for head in layout.head if tied),
         ),
     )
@@ -127,3 +141,11 @@ def decoder_table(source: str, *, heads: int, vocab: int, special: tuple[int, ..
 def heads_last(rows: Tensor, heads: int) -> Tensor:
     """[H (3 D), ...] -> [3 H D, ...]: from q, k, v of each head to all q, all k, all v."""
     return rows.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def halves(rows: Tensor, heads: int, kv_heads: int) -> Tensor:
+    """All q, all k, all v of `[(H + 2 G) D, ...]`: from pairs (2 r, 2 r + 1) of q and k to pairs (r, r + D / 2)."""
+    width = rows.shape[0] // (heads + 2 * kv_heads)
+    turned, v = rows.split(((heads + kv_heads) * width, kv_heads * width))
+    turned = turned.unflatten(0, (heads + kv_heads, width // 2, 2)).transpose(1, 2).flatten(0, 2)
+    return torch.cat([turned, v])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from mmkernels.layers.attention import Visibility
 from mmkernels.layers.decoder import Block, BlockConfig
 from mmkernels.layers.decoder_tables import heads_last
 from mmkernels.layers.eva_table import EVA
+from mmkernels.layers.modality_adapter import AdapterConfig, adapters_table
 from mmkernels.layers.positions import interpolate_positions
 from mmkernels.primitives import _check
 
@@ -23,7 +24,8 @@ class VisionConfig:
 
     `post_norm` also norms the patches that come out. `class_token=False` leaves it out. With `any_size` images may have other
     sizes, whole patches each way: the positions are stretched to them. EVA has no `pre_norm`, a `patch_bias`, and hands on its
-    class token (`keep_class`).
+    class token (`keep_class`). LaVIN has an `adapter` in every block and takes the class token alone, after every
+    `class_every` blocks.
     """
 
     image_size: int
@@ -40,6 +42,8 @@ class VisionConfig:
     pre_norm: bool = True
     patch_bias: bool = False
     keep_class: bool = False
+    adapter: AdapterConfig | None = None
+    class_every: int | None = None
 
     @property
     def patches(self) -> int:
@@ -62,10 +66,10 @@ class VisionTower(nn.Module):
 
     Patches are not normed on the way out unless `config.post_norm`: connectors read the last block's output.
     **Source** CLIP (arXiv 2103.00020), EVA-CLIP (arXiv 2303.15389); weights of `huggingface_clip`, `open_clip`, `eva` and
-    `qwen_vl` load by `weights.load`.
+    `qwen_vl` and `lavin` load by `weights.load`.
     """
 
-    sources = ("huggingface_clip", "open_clip", "eva", "qwen_vl")
+    sources = ("huggingface_clip", "open_clip", "eva", "qwen_vl", "lavin")
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -74,13 +78,14 @@ class VisionTower(nn.Module):
         self.class_token = nn.Parameter(torch.randn(c.width) * c.width**-0.5) if c.class_token else None
         self.positions = nn.Parameter(torch.randn(c.patches + c.class_token, c.width) * c.width**-0.5)
         self.pre_norm = nn.LayerNorm(c.width, c.eps) if c.pre_norm else None
-        block = BlockConfig(c.width, c.heads, c.hidden, activation=c.activation, eps=c.eps)
+        block = BlockConfig(c.width, c.heads, c.hidden, activation=c.activation, eps=c.eps, adapter=c.adapter)
         self.blocks = nn.ModuleList(Block(block) for _ in range(c.layers))
         self.post_norm = nn.LayerNorm(c.width, c.eps) if c.post_norm else None
 
     def forward(self, images: Tensor) -> Tensor:
         """images `[N, 3, S, S]`, normalised -> patch tokens `[N, P, C]`, row by row, behind the class token if it is kept.
 
+        With `class_every` -> the class tokens `[N, layers / class_every, C]`.
         **Raises** ValueError for other sizes.
         """
         positions = self._positions(images)
@@ -91,8 +96,13 @@ class VisionTower(nn.Module):
         x = x if self.pre_norm is None else self.pre_norm(x)
         lo = torch.zeros(x.shape[:2], dtype=torch.int32, device=x.device)
         seen = Visibility(lo, torch.full_like(lo, x.shape[1]))
-        for block in self.blocks:
+        classes = []
+        for n, block in enumerate(self.blocks, start=1):
             x = block(x, seen)
+            if self.config.class_every is not None and n % self.config.class_every == 0:
+                classes.append(x[:, 0])
+        if classes:
+            return torch.stack(classes, dim=1)
         x = x if self.class_token is None or self.config.keep_class else x[:, 1:]
         return x if self.post_norm is None else self.post_norm(x)
 
@@ -115,6 +125,9 @@ class VisionTower(nn.Module):
         """Where the authors' files keep the tower's parameters."""
         if source == "qwen_vl":
             return _qwen_vl(self.config.heads)
+        if source == "lavin":
+            adapters = adapters_table(self.blocks, source, "transformer.resblocks")
+            return replace(_OPEN_CLIP + adapters, within="backbone.visual.")
         return {"huggingface_clip": _HUGGINGFACE, "open_clip": _OPEN_CLIP, "eva": EVA}[source]
 
 

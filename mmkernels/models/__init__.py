@@ -15,6 +15,8 @@ from mmkernels.models.base import Tokens as Tokens
 from mmkernels.models.flamingo import Flamingo as Flamingo
 from mmkernels.models.flamingo import FlamingoConfig as FlamingoConfig
 from mmkernels.models.flamingo import flamingo_labels as flamingo_labels
+from mmkernels.models.lavin import Lavin as Lavin
+from mmkernels.models.lavin import LavinConfig as LavinConfig
 from mmkernels.models.llama_vid import LlamaVid as LlamaVid
 from mmkernels.models.llama_vid import LlamaVidConfig as LlamaVidConfig
 from mmkernels.models.presets import PRESETS as _PRESETS
@@ -27,9 +29,10 @@ from mmkernels.models.qwen_vl import QwenVL as QwenVL
 from mmkernels.models.qwen_vl import QwenVLConfig as QwenVLConfig
 from mmkernels.models.stages import Stage as Stage
 
-Config = FlamingoConfig | LlamaVidConfig | Blip2Config | QwenVLConfig
+Config = FlamingoConfig | LavinConfig | LlamaVidConfig | Blip2Config | QwenVLConfig
 _FAMILIES = {
     FlamingoConfig: Flamingo,
+    LavinConfig: Lavin,
     LlamaVidConfig: LlamaVid,
     Blip2Config: Blip2,
     Blip2Seq2SeqConfig: Blip2Seq2Seq,

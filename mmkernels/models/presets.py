@@ -9,6 +9,7 @@ from mmkernels.layers.vision import CLIP_L, VisionConfig
 from mmkernels.models import language
 from mmkernels.models.base import Tokens
 from mmkernels.models.flamingo import CrossConfig, FlamingoConfig, ResamplerConfig
+from mmkernels.models.lavin_presets import LAVIN
 from mmkernels.models.llama_vid_presets import LLAMA_VID
 from mmkernels.models.qformer_presets import QFORMER_MODELS
 from mmkernels.models.qwen_presets import QWEN_VL
@@ -58,6 +59,7 @@ def _flamingo(lm: DecoderConfig, every: int, stage: Stage = _OPEN_FLAMINGO) -> F
 
 PRESETS = (
     LLAMA_VID
+    | LAVIN
     | QFORMER_MODELS
     | QWEN_VL
     | {

@@ -8,8 +8,8 @@ from typing import Any
 
 from mmkernels import models
 from mmkernels.data import Dataset, Pairs, Sequences, Tokenizer, Videos
-from mmkernels.models import Blip2Config, FlamingoConfig, LlamaVidConfig, QwenVLConfig, Stage
-from mmkernels.train import qformer, qwen, video
+from mmkernels.models import Blip2Config, FlamingoConfig, LavinConfig, LlamaVidConfig, QwenVLConfig, Stage
+from mmkernels.train import lavin, qformer, qwen, video
 from mmkernels.train.objectives import Objectives
 
 
@@ -49,6 +49,7 @@ def _videos(dataset: Dataset, tokenizer: Tokenizer, config: LlamaVidConfig, seed
 _FAMILIES = {
     FlamingoConfig: Family(_sequences),
     Blip2Config: Family(_pairs, qformer.QFormerObjectives, qformer.measure),
+    LavinConfig: Family(lavin.mixtures, lavin.LavinObjectives, lavin.measure),
     LlamaVidConfig: Family(_videos, video.VideoObjectives, video.measure),
     QwenVLConfig: Family(qwen.dialogues, qwen.QwenObjectives),
 }
