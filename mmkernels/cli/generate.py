@@ -21,6 +21,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="a run's folder, or one of its checkpoints"
     )
+    parser.add_argument("--model", help="the model that the checkpoint must be of (default: whatever it is)")
     parser.add_argument(
         "--image", type=Path, action="append", required=True, help="a picture; may be repeated"
     )
@@ -35,7 +36,7 @@ def add(subparsers: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    captioner = Captioner.from_checkpoint(options.checkpoint)
+    captioner = Captioner.from_checkpoint(options.checkpoint, model=options.model)
     caption = captioner.caption(options.image, options.prompt, max_new_tokens=options.max_new_tokens)
     if options.json:
         images = [str(path) for path in options.image]

@@ -17,7 +17,7 @@ from mmkernels.layers.qformer import QFormer
 from mmkernels.layers.qformer_layer import QFormerConfig
 from mmkernels.layers.vision import VisionConfig, VisionTower
 from mmkernels.models.base import Cache, MultimodalModel, Output, Tokens
-from mmkernels.models.qformer_batches import expand_images as expand_images
+from mmkernels.models.places import expand_images as expand_images
 from mmkernels.models.qformer_batches import instruction_batch as instruction_batch
 from mmkernels.models.qformer_batches import instruction_labels as instruction_labels
 from mmkernels.models.qformer_batches import turn_labels as turn_labels
@@ -138,7 +138,8 @@ class Blip2(MultimodalModel):
 
     def expand(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Ids `[B, T]` with one image token a picture -> ids with as many as it takes, and their mask, padded on the right."""
-        return expand_images(input_ids, attention_mask, self.tokens, self.config.image_tokens)
+        made = expand_images(input_ids, self.tokens, self.config.image_tokens, attention_mask=attention_mask)
+        return made.ids, made.mask
 
     def embed(self, input_ids: Tensor, media: Tensor | None) -> Tensor:
         """Text embeddings `[B, T, C]` with the rows of media `[B, R, C]` at the places for them, in order."""

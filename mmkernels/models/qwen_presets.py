@@ -41,6 +41,7 @@ _CHAT = Stage(
     mix={"instructions": 350e3},
     learning_rate=1e-5,
     weight_decay={"*norm.weight": 0.0, "*.weight": 0.1},
+    betas=(0.9, 0.95),
     schedule="cosine",
     warmup=0.01,
     steps=8_000,

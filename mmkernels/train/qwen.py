@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels.data import Dataset, Dialogues, Tokenizer
+from mmkernels.data.dialogues import QUESTION
 from mmkernels.models import QwenVLConfig, Stage
 from mmkernels.models.base import IGNORE
-from mmkernels.models.qwen_text import chatml_ids, chatml_labels, text_labels
+from mmkernels.models.qwen_text import chat_prompt, chatml_labels, text_labels
 from mmkernels.train.objectives import Objectives
-
-QUESTION = "what is this?"
 
 
 def dialogues(dataset: Dataset, tokenizer: Tokenizer, config: QwenVLConfig, seed: int) -> Dialogues:
@@ -26,9 +25,7 @@ def dialogues(dataset: Dataset, tokenizer: Tokenizer, config: QwenVLConfig, seed
     lowest = min(marks.image_end, marks.slot, marks.turn, marks.newline, marks.assistant)
     if len(tokenizer) > lowest:
         raise ValueError(f"data: its captions have {len(tokenizer)} tokens, expected at most {lowest}")
-    question = [tokens.image, *tokenizer.encode(QUESTION)]
-    asked = chatml_ids([("user", question)], tokenizer.encode, tokens, marks)
-    opening = [*asked, marks.turn, marks.assistant, marks.newline]
+    opening = chat_prompt(QUESTION, 1, tokenizer.encode, tokens, marks)
 
     def talk(answer: list[int]) -> tuple[list[int], int]:
         return [*opening, *answer, marks.newline], len(opening)
