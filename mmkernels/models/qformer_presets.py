@@ -120,6 +120,7 @@ _TINY_INTERNLM = replace(
     INTERNLM_7B, block=replace(INTERNLM_7B.block, width=128, heads=4, hidden=256), layers=3, vocab=512
 )
 _TINY_LLAMA = replace(_TINY_INTERNLM, block=replace(_TINY_INTERNLM.block, qkv_bias=False, out_bias=False))
+_TINY_T5 = T5Config(128, 32, 4, 256, layers=2, decoder_layers=2, vocab=512)
 _TOWERS = Stage(
     "towers",  # no published part is this small: the tower learns to name pictures, the language model to write what it is told
     trainable=("vision.*", "lm.embedding.*", "lm.position_embedding.*", "lm.blocks.*", "lm.norm.*"),
@@ -133,6 +134,7 @@ _TOWERS = Stage(
 _ROTARY_TOWERS = replace(
     _TOWERS, trainable=("vision.*", "lm.embedding.*", "lm.blocks.*", "lm.norm.*", "lm.head.*")
 )
+_T5_TOWERS = replace(_TOWERS, trainable=("vision.*", "lm.*"))
 _TINY_STAGE1 = replace(STAGE1, learning_rate=2e-3, warmup=0.1, steps=300)
 _TINY_STAGE2 = replace(STAGE2, learning_rate=2e-3, floor=1e-4, warmup=0.1, steps=250)
 _TINY_INSTRUCT = replace(INSTRUCT, learning_rate=2e-3, warmup=0.1, steps=300)
@@ -155,6 +157,10 @@ QFORMER_MODELS = {
     ),
     "blip2-tiny": Blip2Config(
         _TINY_VISION, _TINY_QFORMER, _TINY_OPT, _TINY, (_TOWERS, _TINY_STAGE1, _TINY_STAGE2),
+        heads=HeadsConfig(embed=64, bos=512),
+    ),
+    "blip2-t5-tiny": Blip2Seq2SeqConfig(
+        _TINY_VISION, _TINY_QFORMER, _TINY_T5, _TINY, (_T5_TOWERS, _TINY_STAGE1, _TINY_STAGE2),
         heads=HeadsConfig(embed=64, bos=512),
     ),
     "instructblip-tiny": Blip2Config(

@@ -8,8 +8,15 @@ from typing import Any
 
 from mmkernels import models
 from mmkernels.data import Dataset, Pairs, Sequences, Tokenizer, Videos
-from mmkernels.models import Blip2Config, FlamingoConfig, LlamaVidConfig, QwenVLConfig, Stage
-from mmkernels.train import qformer, qwen, video
+from mmkernels.models import (
+    Blip2Config,
+    Blip2Seq2SeqConfig,
+    FlamingoConfig,
+    LlamaVidConfig,
+    QwenVLConfig,
+    Stage,
+)
+from mmkernels.train import qformer, qwen, seq2seq, video
 from mmkernels.train.objectives import Objectives
 
 
@@ -49,6 +56,7 @@ def _videos(dataset: Dataset, tokenizer: Tokenizer, config: LlamaVidConfig, seed
 _FAMILIES = {
     FlamingoConfig: Family(_sequences),
     Blip2Config: Family(_pairs, qformer.QFormerObjectives, qformer.measure),
+    Blip2Seq2SeqConfig: Family(_pairs, seq2seq.Seq2SeqObjectives, qformer.measure),
     LlamaVidConfig: Family(_videos, video.VideoObjectives, video.measure),
     QwenVLConfig: Family(qwen.dialogues, qwen.QwenObjectives),
 }

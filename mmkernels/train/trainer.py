@@ -183,8 +183,8 @@ class Trainer:
 
     def score(self, documents: int, *, shuffled: bool = False) -> Score:
         with self._autocast(), evaluating(self.model):
-            options = self.objectives.options
-            return last_image(self.model, self.sequences, documents, shuffled=shuffled, options=options)
+            hits = self.objectives.hits
+            return last_image(self.model, self.sequences, documents, shuffled=shuffled, hits=hits)
 
     def measure(self) -> dict[str, Any]:
         """What the family measures where a stage ends; nothing elsewhere."""

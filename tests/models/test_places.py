@@ -37,7 +37,12 @@ def test_places_of_other_ids() -> None:
 
 
 def test_every_family_makes_its_places_so() -> None:
-    for name, places in (("blip2-tiny", 8), ("xcomposer-tiny", 14), ("llama-vid-tiny", 2)):
+    for name, places in (
+        ("blip2-tiny", 8),
+        ("blip2-t5-tiny", 8),
+        ("xcomposer-tiny", 14),
+        ("llama-vid-tiny", 2),
+    ):
         ids, mask = models.build(name).expand(text_ids("aIb", "Ia."), text_ids("aIb", "Ia.") != 0)
         assert ids.tolist() == [[97, *[2] * places, 98], [*[2] * places, 97, 0]], name
         assert mask.sum(1).tolist() == [places + 2, places + 1]
