@@ -110,7 +110,7 @@ class Trainer:
         if not all(map(math.isfinite, (norm, *losses.values()))):
             raise Diverged(self._obituary(losses, norm))
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("scale", 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
