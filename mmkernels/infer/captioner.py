@@ -14,6 +14,7 @@ from torch import Tensor
 from mmkernels import models
 from mmkernels.data import Tokenizer, images, store
 from mmkernels.data.dialogues import QUESTION
+from mmkernels.data.frames import MAX_FRAMES
 from mmkernels.data.pairs import INSTRUCTIONS
 from mmkernels.data.sequences import MAX_IMAGES
 from mmkernels.data.tokenizer import IMAGE
@@ -48,20 +49,33 @@ class Captioner:
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
         return cls(built.to(device), tokenizer, _image_size(folder, models.config(name)))
 
-    def caption(self, pictures: Sequence[Picture], prompt: str = "", *, max_new_tokens: int = 32) -> str:
+    def caption(
+        self, pictures: Sequence[Picture], prompt: str = "", *, video: bool = False, max_new_tokens: int = 32
+    ) -> str:
         """Continues a prompt about pictures; greedy, so the same again every time.
 
         A prompt that holds `<image>` says where each picture stands; otherwise all pictures stand before it, and the
         continuation is about the last one. A Qwen-VL is asked as in its conversations, every picture on a line of its own.
-        **Raises** ValueError when pictures and places differ in number; ImageError for a picture that cannot be read.
+        `video`: the pictures are the frames of one video, which has one place in the text (see `data.frames.load`).
+        **Raises** ValueError when pictures and places differ in number, and for a video where the model knows none; ImageError
+        for a picture that cannot be read.
         """
         device = next(self.model.parameters()).device
-        ids = torch.tensor([self._ids(len(pictures), prompt)], device=device)
-        places, mask = self.model.expand(ids)
+        count, frames = (1, self._frames(len(pictures))) if video else (len(pictures), 1)
+        ids = torch.tensor([self._ids(count, prompt)], device=device)
+        places, mask = self.model.expand(ids, frames=frames)
         pixels = self._pixels(pictures).to(device)
-        told: dict[str, Any] = self._instruction(prompt, len(pictures))
+        pixels = pixels.unsqueeze(1) if video else pixels
+        told: dict[str, Any] = self._instruction(prompt, count)
         answer = self.model.generate(pixels, places, mask, max_new_tokens=max_new_tokens, **told)
         return self.tokenizer.decode(answer[0].tolist()).strip()
+
+    def _frames(self, frames: int) -> int:
+        if isinstance(self.model, QwenVL):
+            raise ValueError("video: got one for a model of pictures, expected pictures")
+        if not 1 <= frames <= MAX_FRAMES:
+            raise ValueError(f"video: got {frames} frames, expected 1 to {MAX_FRAMES}")
+        return frames
 
     def _ids(self, pictures: int, prompt: str) -> list[int]:
         text, model, encode = self._text(pictures, prompt), self.model, self.tokenizer.encode

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +70,8 @@ def add_lora(decoder: Decoder, config: LoraConfig) -> None:
     kv = (b.kv_heads or b.heads) * (b.head_dim or b.width // b.heads)
     up = (b.hidden, b.hidden) if b.activation in GATED else (b.hidden,)
     for block in decoder.blocks:
-        attention, mlp = block.attention, block.mlp
+        attention: Any = block.attention
+        mlp: Any = block.mlp
         places = (
             (attention, "qkv", (attention.out.in_features, kv, kv), tuple(t in has for t in "qkv")),
             (attention, "out", (b.width,), ("out" in has,)),

@@ -126,11 +126,12 @@ class LlamaVid(MultimodalModel):
         )
         return tokens.reshape(b, size["P"], -1, tokens.shape[-1])
 
-    def expand(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Ids `[B, T]` with one image token a picture -> ids with its places, and their mask, padded on the right."""
-        places = expand_images(
-            input_ids, self.tokens, self.config.tokens_per_frame, attention_mask=attention_mask
-        )
+    def expand(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, frames: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Ids `[B, T]` with one image token a picture or video -> ids with its places, and their mask, padded on the right."""
+        count = frames * self.config.tokens_per_frame
+        places = expand_images(input_ids, self.tokens, count, attention_mask=attention_mask)
         return places.ids, places.mask
 
     def embed(self, input_ids: Tensor, media: Tensor | None) -> Tensor:

@@ -142,10 +142,15 @@ class Blip2(MultimodalModel):
             media = torch.cat([start, media, end], 1)
         return media.reshape(size["B"], -1, media.shape[-1])
 
-    def expand(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Ids `[B, T]` with one image token a picture -> ids with as many as it takes, and their mask, padded on the right."""
-        made = expand_images(input_ids, self.tokens, self.config.image_tokens, attention_mask=attention_mask)
-        return made.ids, made.mask
+    def expand(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, frames: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Ids `[B, T]` with one image token a picture, or a video of `frames` -> ids with as many as it takes, and their mask,
+        padded on the right.
+        """
+        count = frames * self.config.image_tokens
+        places = expand_images(input_ids, self.tokens, count, attention_mask=attention_mask)
+        return places.ids, places.mask
 
     def embed(self, input_ids: Tensor, media: Tensor | None) -> Tensor:
         """Text embeddings `[B, T, C]` with the rows of media `[B, R, C]` at the places for them, in order."""
@@ -220,5 +225,5 @@ class Blip2(MultimodalModel):
         root = {"lavis": f"{lm if lm == 'opt' else 'llm'}_model.", "xcomposer": "internlm_model."}.get(source)
         table = self.lm.published(lm)
         if self.config.lora is not None:
-            table += lora_table(self.config.lora)
+            table = lora_table(self.config.lora) + table
         return blip2_table(self, source) + table.under("lm.", root or "language_model.")

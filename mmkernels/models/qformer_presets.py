@@ -107,9 +107,14 @@ _TINY_OPT = replace(
     layers=3,
     vocab=512,
     max_positions=288,
+    std=0.3,
 )
 _TINY_INTERNLM = replace(
-    INTERNLM_7B, block=replace(INTERNLM_7B.block, width=128, heads=4, hidden=256), layers=3, vocab=512
+    INTERNLM_7B,
+    block=replace(INTERNLM_7B.block, width=128, heads=4, hidden=256),
+    layers=3,
+    vocab=512,
+    std=0.3,
 )
 _TINY_LLAMA = replace(_TINY_INTERNLM, block=replace(_TINY_INTERNLM.block, qkv_bias=False, out_bias=False))
 _TINY_T5 = T5Config(128, 32, 4, 256, layers=2, decoder_layers=2, vocab=512)
@@ -121,14 +126,14 @@ _TOWERS = Stage(
     learning_rate=2e-3,
     schedule="cosine",
     warmup=0.2,
-    steps=250,
+    steps=500,
 )
 _ROTARY_TOWERS = replace(
     _TOWERS, trainable=("vision.*", "lm.embedding.*", "lm.blocks.*", "lm.norm.*", "lm.head.*")
 )
 _T5_TOWERS = replace(_TOWERS, trainable=("vision.*", "lm.*"))
-_TINY_STAGE1 = replace(STAGE1, learning_rate=2e-3, warmup=0.1, steps=300)
-_TINY_STAGE2 = replace(STAGE2, learning_rate=2e-3, floor=1e-4, warmup=0.1, steps=250)
+_TINY_STAGE1 = replace(STAGE1, learning_rate=2e-3, warmup=0.1, steps=400)
+_TINY_STAGE2 = replace(STAGE2, learning_rate=2e-3, floor=1e-4, warmup=0.1, steps=350)
 _TINY_INSTRUCT = replace(INSTRUCT, learning_rate=2e-3, warmup=0.1, steps=300)
 _TINY_XCOMPOSER = replace(
     _XCOMPOSER, losses={"captions": 1.0}, mix={"captions": 1.0}, learning_rate=2e-3, warmup=0.1, steps=300

@@ -276,4 +276,4 @@ def qformer_beside_queries(qformer: QFormer, source: str) -> Table:
     """A whole model's file: the Q-Former under its name, the learned queries beside it."""
     theirs = "qformer." if source == "huggingface" else "Qformer."
     queries = Rule(r"qformer\.query_tokens", ("query_tokens",), lambda t: t.flatten(0, 1))
-    return qformer.published(source).under("qformer.", theirs) + Table((queries,))
+    return Table((queries,)) + qformer.published(source).under("qformer.", theirs)

@@ -55,7 +55,7 @@ _TOWERS = Stage(
     learning_rate=2e-3,
     schedule="cosine",
     warmup=0.2,
-    steps=150,
+    steps=500,
 )
 
 
@@ -87,9 +87,9 @@ QWEN_VL = {
         marks=Marks(image_end=507, slot=508, turn=509, newline=510, assistant=511),  # above what captions need
         stages=(
             _TOWERS,
-            _small(_PRETRAIN, {"pairs": 1.0}, 4e-3, 200, 32),
-            _small(_MULTITASK, {"pairs": 1.0, "interleaved": 1.0}, 1e-3, 50, 64),
-            _small(_CHAT, {"instructions": 1.0}, 5e-4, 50, 64),
+            _small(_PRETRAIN, {"pairs": 1.0}, 2e-3, 500, 32),
+            _small(_MULTITASK, {"pairs": 1.0, "interleaved": 1.0}, 1e-3, 150, 64),
+            _small(_CHAT, {"instructions": 1.0}, 5e-4, 150, 64),
         ),
     ),
 }  # fmt: skip

@@ -87,11 +87,15 @@ class QwenVL(MultimodalModel):
         """The training recipe; see `Stage`."""
         return list(self.config.stages)
 
-    def expand(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def expand(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, frames: int = 1
+    ) -> tuple[Tensor, Tensor]:
         """Ids with one token an image -> ids and mask `[B, T']` with every image's slots and end, padded on the right.
 
-        Without a mask all but the padding token counts as text.
+        Without a mask all but the padding token counts as text. **Raises** ValueError for videos.
         """
+        if frames != 1:
+            raise ValueError(f"frames: got {frames}, expected 1: Qwen-VL reads pictures")
         mask = input_ids != self.tokens.pad if attention_mask is None else attention_mask
         image = self.marks.image(self.tokens, self.config.slots)
         made = expand_images(input_ids, self.tokens, image, attention_mask=mask)

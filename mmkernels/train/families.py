@@ -24,13 +24,20 @@ def _nothing(model: Any, sequences: Any, stage: Stage) -> dict[str, Any]:
     return {}
 
 
+def _vocabulary(config: Any) -> int:
+    return config.lm.vocab
+
+
 @dataclass(frozen=True)
 class Family:
-    """`measure(model, sequences, stage)` gives the figures that go to the log with a stage's last step."""
+    """`measure(model, sequences, stage)` gives the figures that go to the log with a stage's last step; `words(config)` is how
+    many tokens the text may have.
+    """
 
     sequences: Callable[[Dataset, Tokenizer, Any, int], Sequences]
     objectives: type[Objectives] = Objectives
     measure: Callable[[Any, Any, Stage], dict[str, Any]] = _nothing
+    words: Callable[[Any], int] = _vocabulary
 
 
 def _sequences(dataset: Dataset, tokenizer: Tokenizer, config: Any, seed: int) -> Sequences:
@@ -58,7 +65,7 @@ _FAMILIES = {
     Blip2Config: Family(_pairs, qformer.QFormerObjectives, qformer.measure),
     Blip2Seq2SeqConfig: Family(_pairs, seq2seq.Seq2SeqObjectives, qformer.measure),
     LlamaVidConfig: Family(_videos, video.VideoObjectives, video.measure),
-    QwenVLConfig: Family(qwen.dialogues, qwen.QwenObjectives),
+    QwenVLConfig: Family(qwen.dialogues, qwen.QwenObjectives, words=qwen.words),
 }
 
 

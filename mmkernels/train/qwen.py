@@ -16,15 +16,20 @@ from mmkernels.models.qwen_text import chat_prompt, chatml_labels, text_labels
 from mmkernels.train.objectives import Objectives
 
 
+def words(config: QwenVLConfig) -> int:
+    """How many tokens text has before those that mark images and turns."""
+    m = config.marks
+    return min(m.image_end, m.slot, m.turn, m.newline, m.assistant)
+
+
 def dialogues(dataset: Dataset, tokenizer: Tokenizer, config: QwenVLConfig, seed: int) -> Dialogues:
     """The data of a run, with the pictures' size of its last stage: so they are held out.
 
     **Raises** ValueError when the captions' tokens reach those that the model marks images and turns with.
     """
     marks, tokens = config.marks, config.tokens
-    lowest = min(marks.image_end, marks.slot, marks.turn, marks.newline, marks.assistant)
-    if len(tokenizer) > lowest:
-        raise ValueError(f"data: its captions have {len(tokenizer)} tokens, expected at most {lowest}")
+    if len(tokenizer) > words(config):
+        raise ValueError(f"data: its captions have {len(tokenizer)} tokens, expected at most {words(config)}")
     opening = chat_prompt(QUESTION, 1, tokenizer.encode, tokens, marks)
 
     def talk(answer: list[int]) -> tuple[list[int], int]:
