@@ -7,26 +7,34 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mmkernels.data import frames
 from mmkernels.infer import Captioner
 
 
 def add(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "generate",
-        help="caption pictures with a trained checkpoint",
-        description="Continues a prompt about one or several pictures; without <image> in the prompt all pictures stand "
-        "before it, and what is written is about the last one.",
+        help="caption pictures or a video with a trained checkpoint",
+        description="Continues a prompt about one or several pictures, or about the frames of a video; without <image> in the "
+        "prompt all pictures stand before it, and what is written is about the last one.",
         epilog="example: mmkernels generate --checkpoint runs/tiny --image a.png --image b.png --prompt 'a photograph of'",
     )
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="a run's folder, or one of its checkpoints"
     )
+    parser.add_argument("--model", help="the model that the checkpoint must be of (default: whatever it is)")
     parser.add_argument(
         "--image",
         type=Path,
         action="append",
         default=[],
         help="a picture; may be repeated; lavin can do without",
+    )
+    parser.add_argument(
+        "--video", type=Path, help="instead: a multi-page TIFF, an animation, or a folder of stills, in order"
+    )
+    parser.add_argument(
+        "--frames", type=int, help="how many of the video's frames, evenly spaced (default: all)"
     )
     parser.add_argument(
         "--prompt", default="", help="words to continue; <image> says where each picture stands"
@@ -39,13 +47,21 @@ def add(subparsers: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    captioner = Captioner.from_checkpoint(options.checkpoint)
-    caption = captioner.caption(options.image, options.prompt, max_new_tokens=options.max_new_tokens)
+    if options.image and options.video is not None:
+        raise ValueError("image, video: got both, expected one of them")
+    if options.frames is not None and options.video is None:
+        raise ValueError(f"frames: got {options.frames} without a video, expected it with one")
+    captioner = Captioner.from_checkpoint(options.checkpoint, model=options.model)
+    video = options.video is not None
+    pictures = options.image if options.video is None else frames.load(options.video, options.frames)
+    caption = captioner.caption(pictures, options.prompt, video=video, max_new_tokens=options.max_new_tokens)
     if options.json:
-        images = [str(path) for path in options.image]
-        print(
-            json.dumps({"images": images, "prompt": options.prompt, "caption": caption}, ensure_ascii=False)
+        seen = (
+            {"video": str(options.video), "frames": len(pictures)}
+            if video
+            else {"images": [*map(str, pictures)]}
         )
+        print(json.dumps({**seen, "prompt": options.prompt, "caption": caption}, ensure_ascii=False))
     else:
         print(caption)
     return 0

@@ -11,6 +11,7 @@ from mmkernels.data.dataset import Dataset
 from mmkernels.data.sequences import MAX_IMAGES, Batch, Sequences, _Document
 from mmkernels.data.tokenizer import Tokenizer
 
+QUESTION = "what is this?"
 Talk = Callable[[list[int]], tuple[list[int], int]]
 _INSTRUCTIONS, _HELD_OUT, _ECHOES = 16, 17, 18  # streams of random numbers, beside those of `Sequences`
 

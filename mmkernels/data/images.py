@@ -53,16 +53,27 @@ def load(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 def _decode(path: Path, max_pixels: int) -> Image.Image:
     with Image.open(path, formats=FORMATS) as image:
-        width, height = image.size
-        if width * height > max_pixels:
-            size = f"{width} x {height} pixels"
-            raise ImageError(f"{path}: {size} is more than the {max_pixels:,} pixels that are safe to decode")
+        check_size(image, path, max_pixels)  # before anybody counts frames
         if getattr(image, "n_frames", 1) > 1:
             raise ImageError(
                 f"{path}: an animation of {getattr(image, 'n_frames', 0)} frames, expected one still picture"
             )
-        image.load()
-        return _to_rgb(ImageOps.exif_transpose(image), path)
+        return upright(image, path, max_pixels)
+
+
+def check_size(image: Image.Image, path: Path, max_pixels: int = MAX_PIXELS) -> None:
+    """**Raises** ImageError for an open picture that is too large to decode."""
+    width, height = image.size
+    if width * height > max_pixels:
+        size = f"{width} x {height} pixels"
+        raise ImageError(f"{path}: {size} is more than the {max_pixels:,} pixels that are safe to decode")
+
+
+def upright(image: Image.Image, path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decodes an open picture, or the frame that it is at, as upright RGB. **Raises** ImageError as `load`."""
+    check_size(image, path, max_pixels)
+    image.load()
+    return _to_rgb(ImageOps.exif_transpose(image), path)
 
 
 def _to_rgb(image: Image.Image, path: Path) -> Image.Image:

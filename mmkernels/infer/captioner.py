@@ -13,11 +13,14 @@ from torch import Tensor
 
 from mmkernels import models
 from mmkernels.data import Tokenizer, images, store
+from mmkernels.data.dialogues import QUESTION
+from mmkernels.data.frames import MAX_FRAMES
 from mmkernels.data.pairs import INSTRUCTIONS
 from mmkernels.data.sequences import MAX_IMAGES
 from mmkernels.data.tokenizer import IMAGE
-from mmkernels.models import Lavin, LlamaVid, MultimodalModel, weights
+from mmkernels.models import Lavin, LlamaVid, MultimodalModel, QwenVL, weights
 from mmkernels.models.qformer import Instruction
+from mmkernels.models.qwen_text import chat_prompt
 
 Picture = str | Path | Image.Image
 
@@ -29,35 +32,59 @@ class Captioner:
         self.model, self.tokenizer, self.size = model.eval().requires_grad_(False), tokenizer, size
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, *, device: str = "cpu") -> Captioner:
-        """Loads a checkpoint's folder, or the latest checkpoint of a run's folder.
+    def from_checkpoint(cls, path: str | Path, *, model: str | None = None, device: str = "cpu") -> Captioner:
+        """Loads a checkpoint's folder, or the latest checkpoint of a run's folder; `model` is the name it must be of.
 
-        **Raises** FileNotFoundError, or ValueError naming the file that is damaged, is a pickle or does not fit the model.
+        **Raises** FileNotFoundError, or ValueError naming the file that is damaged, is a pickle or does not fit the model, and
+        for another model's checkpoint.
         """
         folder = store.find_checkpoint(Path(path))
         name = store.read_json(folder / "run.json").get("model")
         if not isinstance(name, str):
             raise ValueError(f"{folder / 'run.json'}: damaged, it names no model")
-        model = models.build(name)
-        weights.load(model, folder / "model.safetensors")
+        if model is not None and model != name:
+            raise ValueError(f"model: got {model!r} for {folder}, expected {name!r}, which was trained there")
+        built = models.build(name)
+        weights.load(built, folder / "model.safetensors")
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
-        return cls(model.to(device), tokenizer, models.config(name).vision.image_size)
+        return cls(built.to(device), tokenizer, _image_size(folder, models.config(name)))
 
-    def caption(self, pictures: Sequence[Picture], prompt: str = "", *, max_new_tokens: int = 32) -> str:
+    def caption(
+        self, pictures: Sequence[Picture], prompt: str = "", *, video: bool = False, max_new_tokens: int = 32
+    ) -> str:
         """Continues a prompt about pictures; greedy, so the same again every time.
 
         A prompt that holds `<image>` says where each picture stands; otherwise all pictures stand before it, and the
-        continuation is about the last one. LaVIN takes one picture or none.
-        **Raises** ValueError when pictures and places differ in number; ImageError for a picture that cannot be read.
+        continuation is about the last one. LaVIN takes one picture or none. A Qwen-VL is asked as in its conversations, every
+        picture on a line of its own. `video`: the pictures are the frames of one video, which has one place in the text (see
+        `data.frames.load`).
+        **Raises** ValueError when pictures and places differ in number, and for a video where the model knows none; ImageError
+        for a picture that cannot be read.
         """
-        text = self._text(len(pictures), prompt)
         device = next(self.model.parameters()).device
-        ids = torch.tensor([self.tokenizer.encode(text)], device=device)
-        places, mask = self.model.expand(ids)
+        count, frames = (1, self._frames(len(pictures))) if video else (len(pictures), 1)
+        ids = torch.tensor([self._ids(count, prompt)], device=device)
+        places, mask = self.model.expand(ids, frames=frames)
         pixels = self._pixels(pictures).to(device) if pictures else None
-        told: dict[str, Any] = self._instruction(prompt, len(pictures))
+        pixels = pixels.unsqueeze(1) if video and pixels is not None else pixels
+        told: dict[str, Any] = self._instruction(prompt, count)
         answer = self.model.generate(pixels, places, mask, max_new_tokens=max_new_tokens, **told)
         return self.tokenizer.decode(answer[0].tolist()).strip()
+
+    def _frames(self, frames: int) -> int:
+        if isinstance(self.model, Lavin | QwenVL):
+            raise ValueError("video: got one for a model of pictures, expected pictures")
+        if not 1 <= frames <= MAX_FRAMES:
+            raise ValueError(f"video: got {frames} frames, expected 1 to {MAX_FRAMES}")
+        return frames
+
+    def _ids(self, pictures: int, prompt: str) -> list[int]:
+        text, model, encode = self._text(pictures, prompt), self.model, self.tokenizer.encode
+        if not isinstance(model, QwenVL):
+            return encode(text)
+        if IMAGE in prompt:
+            return chat_prompt(text, 0, encode, model.tokens, model.marks)
+        return chat_prompt(prompt.strip() or QUESTION, pictures, encode, model.tokens, model.marks)
 
     def _text(self, pictures: int, prompt: str) -> str:
         least, most = (0, 1) if isinstance(self.model, Lavin) else (1, MAX_IMAGES)
@@ -90,3 +117,11 @@ class Captioner:
         opened = [p if isinstance(p, Image.Image) else images.load(p) for p in pictures]
         squares = [images.square(p.convert("RGB"), self.size) for p in opened]
         return images.normalise(np.stack(squares)).unsqueeze(0)
+
+
+def _image_size(folder: Path, config: Any) -> int:
+    """The side of the pictures in the stage where a checkpoint was taken; without its record, in the last one."""
+    state = folder / "checkpoint.json"
+    name = store.read_json(state).get("stage") if state.is_file() else None
+    stage = next((stage for stage in config.stages if stage.name == name), config.stages[-1])
+    return stage.image_size or config.vision.image_size

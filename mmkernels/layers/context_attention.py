@@ -155,11 +155,14 @@ class ContextAttention(nn.Module):
     def attend(self, text_queries: Tensor, patches: Tensor) -> Tensor:
         """A frame's tokens from its text queries: `[context, content ...]`.
 
-        **Shapes** text_queries `[N, Q, C]`, the projected rows of the Q-Former; patches `[N, M, C]`, without class token.
+        **Shapes** text_queries `[N, Q, C]`, rows of the Q-Former that `query` has projected, as the authors' code has it; rows
+        of the Q-Former's own width (where it is another) are projected first. patches `[N, M, C]`, without class token.
         Returns `[N, 1 + content, lm_width]`. **Dtypes** the parameters'. **Gradient** both and the parameters used.
         **Raises** ValueError for shapes and empty frames.
         """
-        c = self.key.in_features
+        c, hidden = self.key.in_features, self.query.in_features
+        if text_queries.dim() == 3 and text_queries.shape[-1] == hidden != c:
+            text_queries = self.query(text_queries)
         _check.shapes(text_queries=(text_queries, f"N Q {c}"), patches=(patches, f"N M {c}"))
         blocks = []
         for start in range(0, max(len(patches), 1), self.block):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from mmkernels.layers._published import Rule, Table
+from mmkernels.layers.positions import interpolate_positions
 
 _BLOCK = {
     "attention_norm": "norm1", r"attention\.out": "attn.proj", "mlp_norm": "norm2", r"mlp\.up": "mlp.fc1",
@@ -19,12 +22,25 @@ def _qkv_bias(joined: Tensor) -> Tensor:
     return torch.cat([q, torch.zeros_like(q), v])
 
 
-EVA = Table(
+def _stretched(table: Tensor, patches: int) -> Tensor:
+    """The class token's position and those of `patches` patches, from a file of another image size as the authors make them."""
+    sides = math.isqrt(max(len(table) - 1, 0)), math.isqrt(patches)
+    if [side**2 for side in sides] != [len(table) - 1, patches] or 0 in sides:
+        return table  # it will be refused by its shape
+    return torch.cat([table[:1], interpolate_positions(table[1:], (sides[1], sides[1]))])
+
+
+def eva_table(patches: int) -> Table:
+    """For a tower of `patches` patches, which may be more than those of the file."""
+    positions = Rule("positions", ("pos_embed",), lambda t: _stretched(t.flatten(0, 1), patches))
+    return Table((*_EVA.rules, positions), ignored=_EVA.ignored)
+
+
+_EVA = Table(
     (
         Rule(r"patch\.weight", ("patch_embed.proj.weight",), lambda t: t.flatten(1)),
         Rule(r"patch\.bias", ("patch_embed.proj.bias",)),
         Rule("class_token", ("cls_token",), lambda t: t.flatten()),
-        Rule("positions", ("pos_embed",), lambda t: t.flatten(0, 1)),
         Rule(r"blocks\.(\d+)\.attention\.qkv\.weight", ("blocks.{0}.attn.qkv.weight",)),
         Rule(
             r"blocks\.(\d+)\.attention\.qkv\.bias",

@@ -85,6 +85,7 @@ class QFormer(nn.Module):
         ids out of range (on CPU) and too long texts; TypeError for dtypes.
         """
         self._check(image, text_ids, text_mask, image_mask, mode, cache)
+        text_ids = None if text_ids is None else self._readable(text_ids, text_mask)
         queries = 0 if image is None else self.config.num_query
         past = cache if mode == "itg" and image is None else None
         hidden, seen, order = self._embed(
@@ -189,12 +190,18 @@ class QFormer(nn.Module):
             raise ValueError(
                 f"text_ids: got {ids.shape[1]} tokens, expected at most max_positions = {c.max_positions}"
             )
+
+    def _readable(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Ids that can be looked up: what padding holds is brought into range, other ids have to be in it."""
+        c = self.config
+        ids = ids if mask is None else torch.where(mask, ids, ids.clamp(0, c.vocab - 1))
         if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
-            return  # looking at values would make the host wait
+            return ids  # looking at values would make the host wait
         if not 0 <= int(ids.min()) <= int(ids.max()) < c.vocab:
             raise ValueError(
                 f"text_ids: got ids {int(ids.min())} to {int(ids.max())}, expected 0 to {c.vocab - 1}"
             )
+        return ids
 
     def published(self, source: str) -> Table:
         """Where the authors' files keep the Q-Former's parameters."""

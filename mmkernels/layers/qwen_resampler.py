@@ -72,7 +72,8 @@ class QwenResampler(nn.Module):
         **Gradient** x and every parameter. **Edge** no images: `[0, grid^2, width]`; a query that may look nowhere gets the
         bias of `out` alone; tokens that no query may look at can hold anything, NaN included.
         **Raises** ValueError for shapes and for tokens that are no square without `grid_hw`; TypeError for dtypes.
-        **Speed** `interval_attention` without a mask; with one, plain PyTorch with all scores in memory.
+        **Speed** `interval_attention` without a mask, and with one that leaves every query one run of tokens (which only CPUs
+        look for: it reads the mask); with any other, plain PyTorch with all scores in memory.
         """
         b, m, _ = self._check(x)
         grid = _grid(m, grid_hw)
@@ -88,11 +89,12 @@ class QwenResampler(nn.Module):
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(-3, -2) for t in (self.queries(), k, v))
         q = q.expand(b, -1, -1, -1)
         if mask is None:
-            lo = torch.zeros(b, q.shape[2], dtype=torch.int32, device=x.device)
-            o = interval_attention(q, k, v, lo, torch.full_like(lo, m))
+            o = _run_attention(q, k, v, *_everything(b, q.shape[2], m, x.device))
+        elif (runs := _runs(mask)) is not None:
+            o = _run_attention(q, k, v, *runs)
         else:
             o = _masked_attention(q, k, v, mask)
-        return self.out(o.transpose(1, 2).flatten(2))  # type: ignore[union-attr]
+        return self.out(o.transpose(1, 2).flatten(2))
 
     def queries(self) -> Tensor:
         """Q `[grid^2, width]`: it knows no image."""
@@ -144,6 +146,40 @@ def _grid(tokens: int, grid_hw: tuple[int, int] | None) -> tuple[int, int]:
 
 def _seen(mask: Tensor) -> Tensor:
     return ~mask if mask.dtype == torch.bool else mask != -torch.inf
+
+
+def _everything(b: int, rows: int, m: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    lo = torch.zeros(b, 1, rows, dtype=torch.int32, device=device)
+    return lo, torch.full_like(lo, m)
+
+
+def _runs(mask: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Where every query sees one run of tokens: from and to, int32 `[1 or B, 1 or H, rows]`; else, or unlooked at, None.
+
+    Looking at values would make a GPU's host wait.
+    """
+    if mask.device.type != "cpu" or torch.compiler.is_compiling() or mask.requires_grad:
+        return None
+    seen = _seen(mask)
+    if mask.dtype != torch.bool and bool((seen & (mask != 0)).any()):
+        return None  # a bias
+    marked, count = seen.to(torch.int8), seen.sum(-1, dtype=torch.int32)
+    lo = marked.argmax(-1).int()
+    hi = mask.shape[-1] - marked.flip(-1).argmax(-1).int()
+    if bool(((hi - lo != count) & (count > 0)).any()):
+        return None
+    return lo, torch.where(count > 0, hi, lo)
+
+
+def _run_attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+    """`softmax(q k^T / sqrt(D)) v` of `[B, H, rows, D]`, every row over its run; lo and hi as `_runs` gives them."""
+    (b, h), rows = q.shape[:2], lo.shape[2]
+    if lo.shape[1] == 1:
+        lo, hi = (t[:, 0].expand(b, rows).contiguous() for t in (lo, hi))
+        return interval_attention(q, k, v, lo, hi)  # type: ignore[return-value]
+    lo, hi = (t.expand(b, h, rows).reshape(b * h, rows) for t in (lo, hi))
+    q, k, v = (t.flatten(0, 1).unsqueeze(1) for t in (q, k, v))
+    return interval_attention(q, k, v, lo, hi).view(b, h, rows, v.shape[-1])  # type: ignore[union-attr]
 
 
 def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

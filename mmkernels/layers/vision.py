@@ -12,7 +12,7 @@ from mmkernels.layers._published import Rule, Table
 from mmkernels.layers.attention import Visibility
 from mmkernels.layers.decoder import Block, BlockConfig
 from mmkernels.layers.decoder_tables import heads_last
-from mmkernels.layers.eva_table import EVA
+from mmkernels.layers.eva_table import eva_table
 from mmkernels.layers.modality_adapter import AdapterConfig, adapters_table
 from mmkernels.layers.positions import interpolate_positions
 from mmkernels.primitives import _check
@@ -121,14 +121,33 @@ class VisionTower(nn.Module):
         cells = interpolate_positions(self.positions[int(c.class_token) :], grid)
         return torch.cat([self.positions[:1], cells]) if c.class_token else cells
 
+    def resize(self, image_size: int) -> VisionTower:
+        """Makes the tower one of images of another side, in place: its positions are stretched, once; finetuning goes on there.
+
+        **Raises** ValueError for sides that are not whole patches.
+        """
+        c, side = self.config, image_size // self.config.patch_size
+        if image_size < 1 or image_size % c.patch_size:
+            raise ValueError(
+                f"image_size: got {image_size}, expected a multiple of patch_size = {c.patch_size}"
+            )
+        with torch.no_grad():
+            cells = interpolate_positions(self.positions[int(c.class_token) :], (side, side))
+            table = torch.cat([self.positions[: int(c.class_token)], cells])
+        self.positions = nn.Parameter(table.clone(), requires_grad=self.positions.requires_grad)
+        self.config = replace(c, image_size=image_size)
+        return self
+
     def published(self, source: str) -> Table:
-        """Where the authors' files keep the tower's parameters."""
+        """Where the authors' files keep the tower's parameters; EVA's positions are stretched to the tower's images."""
         if source == "qwen_vl":
             return _qwen_vl(self.config.heads)
         if source == "lavin":
             adapters = adapters_table(self.blocks, source, "transformer.resblocks")
             return replace(_OPEN_CLIP + adapters, within="backbone.visual.")
-        return {"huggingface_clip": _HUGGINGFACE, "open_clip": _OPEN_CLIP, "eva": EVA}[source]
+        if source == "eva":
+            return eva_table(self.config.patches)
+        return {"huggingface_clip": _HUGGINGFACE, "open_clip": _OPEN_CLIP}[source]
 
 
 def _patchify(images: Tensor, size: int) -> Tensor:

@@ -29,7 +29,7 @@ from mmkernels.models.qwen_vl import QwenVL as QwenVL
 from mmkernels.models.qwen_vl import QwenVLConfig as QwenVLConfig
 from mmkernels.models.stages import Stage as Stage
 
-Config = FlamingoConfig | LavinConfig | LlamaVidConfig | Blip2Config | QwenVLConfig
+Config = FlamingoConfig | LavinConfig | LlamaVidConfig | Blip2Config | Blip2Seq2SeqConfig | QwenVLConfig
 _FAMILIES = {
     FlamingoConfig: Flamingo,
     LavinConfig: Lavin,

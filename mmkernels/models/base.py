@@ -55,8 +55,12 @@ class MultimodalModel(nn.Module):
         """Pictures or videos -> media tokens, the connector's output."""
         raise NotImplementedError
 
-    def expand(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """A prompt with one image token a picture -> with as many places as its media take; here one is enough."""
+    def expand(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, frames: int = 1
+    ) -> tuple[Tensor, Tensor | None]:
+        """A prompt with one image token a picture, or a video of `frames` -> with as many places as its media take; here one
+        is enough.
+        """
         return input_ids, attention_mask
 
     def embed(self, input_ids: Tensor, media: Tensor | None) -> Tensor:

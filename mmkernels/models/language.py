@@ -93,4 +93,4 @@ PERSIMMON_8B = DecoderConfig(
 # A tied head tells words apart by their embeddings alone, and short texts never move those of words that always stand in one
 # another's place: they have to start apart.
 TINY = replace(_mpt(128, 4, 4), vocab=512, std=0.3)
-TINY_QWEN = replace(_qwen(128, 4, 4, 256), vocab=512)
+TINY_QWEN = replace(_qwen(128, 4, 4, 256), vocab=512, std=0.3)

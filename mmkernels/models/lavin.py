@@ -100,7 +100,9 @@ class Lavin(MultimodalModel):
         """The training recipe; see `Stage`."""
         return list(self.config.stages)
 
-    def expand(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def expand(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, frames: int = 1
+    ) -> tuple[Tensor, Tensor]:
         """Prompts, with one image token each if they have a picture -> whole rows and their mask; see `lay_out`."""
         rows = lay_out(input_ids, self.tokens, self.marks, self.config.places, attention_mask=attention_mask)
         return rows.ids, rows.mask

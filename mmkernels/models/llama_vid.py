@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels.layers._published import Table
@@ -15,7 +14,9 @@ from mmkernels.layers.context_attention import NEIGHBOURS, ContextAttention, con
 from mmkernels.layers.decoder import Decoder, DecoderConfig
 from mmkernels.layers.qformer_layer import QFormerConfig
 from mmkernels.layers.vision import VisionConfig, VisionTower
-from mmkernels.models.base import IGNORE, Cache, MultimodalModel, Output, Tokens
+from mmkernels.models.base import Cache, MultimodalModel, Output, Tokens
+from mmkernels.models.places import expand_images as expand_images
+from mmkernels.models.places import pad_rows
 from mmkernels.models.stages import Stage
 from mmkernels.primitives import _check
 
@@ -125,11 +126,12 @@ class LlamaVid(MultimodalModel):
         )
         return tokens.reshape(b, size["P"], -1, tokens.shape[-1])
 
-    def expand(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Ids `[B, T]` with one image token a picture -> ids with its places, and their mask, padded on the right."""
-        places = expand_images(
-            input_ids, self.tokens, self.config.tokens_per_frame, attention_mask=attention_mask
-        )
+    def expand(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, frames: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Ids `[B, T]` with one image token a picture or video -> ids with its places, and their mask, padded on the right."""
+        count = frames * self.config.tokens_per_frame
+        places = expand_images(input_ids, self.tokens, count, attention_mask=attention_mask)
         return places.ids, places.mask
 
     def embed(self, input_ids: Tensor, media: Tensor | None) -> Tensor:
@@ -206,42 +208,6 @@ class LlamaVid(MultimodalModel):
         return table + tower + Table((), absent=(r"vision\..*",))
 
 
-class Expanded(NamedTuple):
-    """ids int64, mask bool and labels int64 or None, each `[B, T]`, padded on the right."""
-
-    ids: Tensor
-    mask: Tensor
-    labels: Tensor | None
-
-
-def expand_images(
-    input_ids: Tensor,
-    tokens: Tokens,
-    count: int,
-    *,
-    attention_mask: Tensor | None = None,
-    labels: Tensor | None = None,
-) -> Expanded:
-    """Makes each `tokens.image` a run of `count` places, as many as an image or video has visual tokens.
-
-    **Shapes** input_ids, attention_mask (True at text), labels `[B, T]`. **Edge** places have the label -100; padding of the
-    input is dropped. **Raises** ValueError for shapes and for counts below 1.
-    """
-    _check.shapes(
-        input_ids=(input_ids, "B T"), attention_mask=(attention_mask, "B T"), labels=(labels, "B T")
-    )
-    _check.positive(count=count)
-    rows, answers = [], []
-    for b, ids in enumerate(input_ids):
-        keep = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask[b]
-        times = torch.where(ids == tokens.image, count, 1)[keep]
-        rows.append(ids[keep].repeat_interleave(times))
-        if labels is not None:
-            answers.append(torch.where(ids == tokens.image, IGNORE, labels[b])[keep].repeat_interleave(times))
-    ids, mask = _pad(rows, tokens.pad)
-    return Expanded(ids, mask, _pad(answers, IGNORE)[0] if labels is not None else None)
-
-
 def pad_prompts(
     prompts: Sequence[Sequence[int]], *, pad: int = 0, limit: int = 256, first: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -255,17 +221,10 @@ def pad_prompts(
         head = list(ids[:1]) if len(ids) > limit and ids[0] == first else []
         tail = ids[max(len(head), len(ids) - limit + len(head)) :]
         kept.append(torch.tensor([*head, *tail], dtype=torch.int64))
-    return _pad(kept, pad)
+    return pad_rows(kept, pad)
 
 
 def rotary_scaling(length: int, context: int) -> float:
     """The published stretch of rotary positions for texts of `length` tokens: `ceil(length / context)`, at least 1."""
     _check.positive(length=length, context=context)
     return float(max(1, -(-length // context)))
-
-
-def _pad(rows: list[Tensor], value: int) -> tuple[Tensor, Tensor]:
-    longest = max((len(row) for row in rows), default=0)
-    ids = torch.stack([F.pad(row, (0, longest - len(row)), value=value) for row in rows])
-    lengths = torch.tensor([len(row) for row in rows], device=ids.device)
-    return ids, torch.arange(longest, device=ids.device) < lengths.unsqueeze(1)

@@ -58,7 +58,9 @@ def _video(lm: DecoderConfig, *, long: bool = False) -> LlamaVidConfig:
     return LlamaVidConfig(EVA_G, lm, _TOKENS, _stages(videos=True, long=long))
 
 
-_TINY_LM = DecoderConfig("llama", replace(_7B.block, width=128, heads=4, hidden=344), layers=4, vocab=512)
+_TINY_LM = DecoderConfig(
+    "llama", replace(_7B.block, width=128, heads=4, hidden=344), layers=4, vocab=512, std=0.3
+)
 _TINY_TOWER = VisionConfig(
     image_size=32, patch_size=8, width=96, layers=2, heads=4, hidden=192, activation="gelu", eps=1e-6, pre_norm=False,
     patch_bias=True, keep_class=True,
@@ -70,7 +72,7 @@ _TINY_QFORMER = QFormerConfig(
 _TINY_STAGES = (
     # no published part is this small: first the tower learns to name pictures and the language model to write
     Stage("towers", ("vision.*", "lm.*"), {"pictures": 1.0, "text": 1.0}, {"pictures": 4.0, "text": 1.0}, 2e-3,
-          schedule="cosine", warmup=0.2, steps=250),
+          schedule="cosine", warmup=0.2, steps=500),
     _stage("alignment", _PROJECTIONS, 4e-3, {"videos": 1.0}, steps=100),
     _stage("instruction", ("connector.*", "lm.*"), 2e-3, {"videos": 1.0}, steps=700),
 )  # fmt: skip

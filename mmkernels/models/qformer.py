@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from mmkernels.layers._published import Table
 from mmkernels.layers.decoder import Decoder, DecoderConfig
+from mmkernels.layers.lora import LoraConfig, add_lora, lora_table
 from mmkernels.layers.qformer import QFormer
 from mmkernels.layers.qformer_layer import QFormerConfig
 from mmkernels.layers.vision import VisionConfig, VisionTower
 from mmkernels.models.base import Cache, MultimodalModel, Output, Tokens
-from mmkernels.models.qformer_batches import expand_images as expand_images
+from mmkernels.models.places import expand_images as expand_images
 from mmkernels.models.qformer_batches import instruction_batch as instruction_batch
 from mmkernels.models.qformer_batches import instruction_labels as instruction_labels
 from mmkernels.models.qformer_batches import turn_labels as turn_labels
@@ -35,7 +36,8 @@ class Blip2Config:
     """A whole model. `stages` are its training recipe; the last one says what a freshly built model trains.
 
     `heads` adds stage 1's objectives; `instruct` lets the queries read an instruction (both need the Q-Former's text branch);
-    `flags` puts an image's tokens between two learned ones (XComposer). `wide_norm` computes `ln_vision` in float32.
+    `flags` puts an image's tokens between two learned ones, `lora` updates of low rank into the language model (XComposer).
+    `wide_norm` computes `ln_vision` in float32.
     """
 
     vision: VisionConfig
@@ -48,6 +50,7 @@ class Blip2Config:
     flags: bool = False
     norm_eps: float = 1e-5
     wide_norm: bool = True
+    lora: LoraConfig | None = None
 
     @property
     def width(self) -> int:
@@ -71,7 +74,7 @@ class Blip2(MultimodalModel):
     """See `Blip2Config`. A picture's tokens take the places of `tokens.image` in the text, in order; `expand` makes the places.
 
     **Source** BLIP-2 (arXiv 2301.12597), InstructBLIP (arXiv 2305.06500), InternLM-XComposer (arXiv 2309.15112); weights of
-    `lavis`, `xcomposer` (without its LoRA) and `huggingface` load by `weights.load`.
+    `lavis`, `xcomposer` and `huggingface` load by `weights.load`.
     """
 
     sources = ("lavis", "xcomposer", "huggingface")
@@ -96,7 +99,10 @@ class Blip2(MultimodalModel):
         c.stages[-1].freeze(self)
 
     def _language_model(self) -> Any:
-        return Decoder(self.config.lm)
+        decoder = Decoder(self.config.lm)
+        if self.config.lora is not None:
+            add_lora(decoder, self.config.lora)
+        return decoder
 
     def stages(self) -> list[Stage]:
         """The training recipe; see `Stage`."""
@@ -136,9 +142,15 @@ class Blip2(MultimodalModel):
             media = torch.cat([start, media, end], 1)
         return media.reshape(size["B"], -1, media.shape[-1])
 
-    def expand(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Ids `[B, T]` with one image token a picture -> ids with as many as it takes, and their mask, padded on the right."""
-        return expand_images(input_ids, attention_mask, self.tokens, self.config.image_tokens)
+    def expand(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, frames: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Ids `[B, T]` with one image token a picture, or a video of `frames` -> ids with as many as it takes, and their mask,
+        padded on the right.
+        """
+        count = frames * self.config.image_tokens
+        places = expand_images(input_ids, self.tokens, count, attention_mask=attention_mask)
+        return places.ids, places.mask
 
     def embed(self, input_ids: Tensor, media: Tensor | None) -> Tensor:
         """Text embeddings `[B, T, C]` with the rows of media `[B, R, C]` at the places for them, in order."""
@@ -211,4 +223,7 @@ class Blip2(MultimodalModel):
         """Where the released files keep the model; what was frozen may be missing from LAVIS'."""
         lm = self.config.lm.family
         root = {"lavis": f"{lm if lm == 'opt' else 'llm'}_model.", "xcomposer": "internlm_model."}.get(source)
-        return blip2_table(self, source) + self.lm.published(lm).under("lm.", root or "language_model.")
+        table = self.lm.published(lm)
+        if self.config.lora is not None:
+            table = lora_table(self.config.lora) + table
+        return blip2_table(self, source) + table.under("lm.", root or "language_model.")

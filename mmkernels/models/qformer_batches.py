@@ -1,29 +1,12 @@
-"""Ids, masks and labels of batches in which pictures take several places of a text."""
+"""Ids, masks and labels of batches: answers behind their prompts, and conversations."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from mmkernels.models.base import IGNORE, Tokens
+from mmkernels.models.base import IGNORE
 from mmkernels.primitives import _check
-
-
-def expand_images(
-    input_ids: Tensor, attention_mask: Tensor | None, tokens: Tokens, count: int
-) -> tuple[Tensor, Tensor]:
-    """Every image token becomes `count` of them. ids, mask `[B, T]` -> `[B, T']`, padded on the right."""
-    _check.shapes(input_ids=(input_ids, "B T"), attention_mask=(attention_mask, "B T"))
-    mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask
-    rows = []
-    for ids, valid in zip(input_ids, mask, strict=True):
-        text = ids[valid]
-        rows.append(text.repeat_interleave(torch.where(text == tokens.image, count, 1)))
-    out = input_ids.new_full((len(rows), max(map(len, rows))), tokens.pad)
-    valid = torch.zeros_like(out, dtype=torch.bool)
-    for n, row in enumerate(rows):
-        out[n, : len(row)], valid[n, : len(row)] = row, True
-    return out, valid
 
 
 def instruction_batch(

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mmkernels.layers.decoder import DecoderConfig
+from mmkernels.layers.lora import LoraConfig
 from mmkernels.layers.qformer_layer import QFormerConfig
 from mmkernels.layers.t5 import T5Config
 from mmkernels.layers.vision import EVA_G, VisionConfig
 from mmkernels.models import language
 from mmkernels.models.base import Tokens
 from mmkernels.models.qformer import Blip2Config
+from mmkernels.models.qformer_recipes import COCO_CAPTIONS, INSTRUCT, STAGE1, STAGE2
 from mmkernels.models.qformer_seq2seq import Blip2Seq2SeqConfig
-from mmkernels.models.qformer_stage1 import QUERY_SIDE, STAGE1, HeadsConfig
+from mmkernels.models.qformer_stage1 import HeadsConfig
 from mmkernels.models.stages import Stage
 
 # ids that the tokenizers never give stand for the places of media; OPT's texts end with a newline
@@ -21,37 +23,17 @@ _VICUNA = Tokens(image=0, end_of_chunk=2, end_of_text=2, pad=32_000)
 _FLAN_T5 = Tokens(image=32_100, end_of_chunk=1, end_of_text=1, pad=0)
 _INTERNLM = Tokens(image=103_167, end_of_chunk=103_028, end_of_text=2, pad=0)
 
-STAGE2 = Stage(
-    "stage2",
-    trainable=(*QUERY_SIDE, "ln_vision.*", "proj.*"),
-    losses={"captions": 1.0},
-    mix={"captions": 1.0},
-    learning_rate=1e-4,
-    weight_decay={"*": 0.05},
-    decay_vectors=False,
-    betas=(0.9, 0.98),
-    schedule="cosine",
-    floor=5e-5,
-    warmup=2000,
-    steps=80_000,
-)
-INSTRUCT = replace(
-    STAGE2,
-    name="instructions",
-    trainable=(
-        *QUERY_SIDE, "qformer.embedding.*", "qformer.position_embedding.*", "qformer.layers.*.text_*", "ln_vision.*", "proj.*"
-    ),
-    losses={"instructions": 1.0},
-    mix={"instructions": 1.0},  # over the held-in sets by data.mixing.square_root
-    learning_rate=1e-5,
-    betas=(0.9, 0.999),
-    floor=0.0,
-    warmup=1000,
-    steps=60_000,
-)  # fmt: skip
+_SAMPLER = ("qformer.*", "proj.*")
 _XCOMPOSER = Stage(
-    "pretrain",
-    trainable=("qformer.*", "proj.*", "lm.blocks.*", "lm.norm.*", "lm.embedding.*", "lm.head.*"),
+    "pretrain",  # the language model itself; its updates of low rank only learn from instructions
+    trainable=(
+        *_SAMPLER,
+        "lm.blocks.*.weight",
+        "lm.blocks.*.bias",
+        "lm.norm.*",
+        "lm.embedding.*",
+        "lm.head.*",
+    ),
     losses={"interleaved": 1.0},
     mix={"interleaved": 1.0},
     learning_rate=1e-5,
@@ -61,8 +43,13 @@ _XCOMPOSER = Stage(
     warmup=0.01,
 )
 _XCOMPOSER_SFT = replace(
-    _XCOMPOSER, name="instructions", losses={"instructions": 1.0}, mix={"instructions": 1.0}
+    _XCOMPOSER,
+    name="instructions",
+    trainable=(*_SAMPLER, "lm.blocks.*.lora_*"),
+    losses={"instructions": 1.0},
+    mix={"instructions": 1.0},
 )
+_XCOMPOSER_LORA = LoraConfig(rank=256, alpha=256, dropout=0.05)
 
 VICUNA_7B = replace(language.LLAMA_7B, vocab=32_001)
 VICUNA_13B = replace(language.LLAMA_13B, vocab=32_001)
@@ -75,16 +62,21 @@ QUERIES = QFormerConfig(vocab=0)  # what stage 2 keeps
 READERS = QFormerConfig(text_head=False)  # of instructions
 
 
-def _blip2(lm: DecoderConfig) -> Blip2Config:
-    return Blip2Config(EVA_G, QUERIES, lm, _OPT, (STAGE2,))
+_EVA_364 = replace(EVA_G, image_size=364)  # 677 tokens
+
+
+def _blip2(lm: DecoderConfig, *, coco: bool = False) -> Blip2Config:
+    tower, stage = (_EVA_364, COCO_CAPTIONS) if coco else (EVA_G, STAGE2)
+    return Blip2Config(tower, QUERIES, lm, _OPT, (stage,))
 
 
 def _instruct(lm: DecoderConfig) -> Blip2Config:
     return Blip2Config(EVA_G, READERS, lm, _VICUNA, (INSTRUCT,), instruct=True)
 
 
-def _blip2_t5(lm: T5Config) -> Blip2Seq2SeqConfig:
-    return Blip2Seq2SeqConfig(EVA_G, QUERIES, lm, _FLAN_T5, (STAGE2,))
+def _blip2_t5(lm: T5Config, *, coco: bool = False) -> Blip2Seq2SeqConfig:
+    tower, stage = (_EVA_364, COCO_CAPTIONS) if coco else (EVA_G, STAGE2)
+    return Blip2Seq2SeqConfig(tower, QUERIES, lm, _FLAN_T5, (stage,))
 
 
 def _instruct_t5(lm: T5Config) -> Blip2Seq2SeqConfig:
@@ -115,11 +107,17 @@ _TINY_OPT = replace(
     layers=3,
     vocab=512,
     max_positions=288,
+    std=0.3,
 )
 _TINY_INTERNLM = replace(
-    INTERNLM_7B, block=replace(INTERNLM_7B.block, width=128, heads=4, hidden=256), layers=3, vocab=512
+    INTERNLM_7B,
+    block=replace(INTERNLM_7B.block, width=128, heads=4, hidden=256),
+    layers=3,
+    vocab=512,
+    std=0.3,
 )
 _TINY_LLAMA = replace(_TINY_INTERNLM, block=replace(_TINY_INTERNLM.block, qkv_bias=False, out_bias=False))
+_TINY_T5 = T5Config(128, 32, 4, 256, layers=2, decoder_layers=2, vocab=512)
 _TOWERS = Stage(
     "towers",  # no published part is this small: the tower learns to name pictures, the language model to write what it is told
     trainable=("vision.*", "lm.embedding.*", "lm.position_embedding.*", "lm.blocks.*", "lm.norm.*"),
@@ -128,16 +126,20 @@ _TOWERS = Stage(
     learning_rate=2e-3,
     schedule="cosine",
     warmup=0.2,
-    steps=250,
+    steps=500,
 )
 _ROTARY_TOWERS = replace(
     _TOWERS, trainable=("vision.*", "lm.embedding.*", "lm.blocks.*", "lm.norm.*", "lm.head.*")
 )
-_TINY_STAGE1 = replace(STAGE1, learning_rate=2e-3, warmup=0.1, steps=300)
-_TINY_STAGE2 = replace(STAGE2, learning_rate=2e-3, floor=1e-4, warmup=0.1, steps=250)
+_T5_TOWERS = replace(_TOWERS, trainable=("vision.*", "lm.*"))
+_TINY_STAGE1 = replace(STAGE1, learning_rate=2e-3, warmup=0.1, steps=400)
+_TINY_STAGE2 = replace(STAGE2, learning_rate=2e-3, floor=1e-4, warmup=0.1, steps=350)
 _TINY_INSTRUCT = replace(INSTRUCT, learning_rate=2e-3, warmup=0.1, steps=300)
 _TINY_XCOMPOSER = replace(
     _XCOMPOSER, losses={"captions": 1.0}, mix={"captions": 1.0}, learning_rate=2e-3, warmup=0.1, steps=300
+)
+_TINY_XCOMPOSER_SFT = replace(
+    _TINY_XCOMPOSER, name="instructions", trainable=_XCOMPOSER_SFT.trainable, learning_rate=1e-3, steps=100
 )
 
 QFORMER_MODELS = {
@@ -145,16 +147,23 @@ QFORMER_MODELS = {
     "blip2-opt-6.7b": _blip2(language.OPT_6_7B),
     "blip2-flan-t5-xl": _blip2_t5(language.FLAN_T5_XL),
     "blip2-flan-t5-xxl": _blip2_t5(language.FLAN_T5_XXL),
+    "blip2-opt-2.7b-coco": _blip2(language.OPT_2_7B, coco=True),
+    "blip2-opt-6.7b-coco": _blip2(language.OPT_6_7B, coco=True),
+    "blip2-flan-t5-xl-coco": _blip2_t5(language.FLAN_T5_XL, coco=True),
     "instructblip-flan-t5-xl": _instruct_t5(language.FLAN_T5_XL),
     "instructblip-flan-t5-xxl": _instruct_t5(language.FLAN_T5_XXL),
     "instructblip-vicuna-7b": _instruct(VICUNA_7B),
     "instructblip-vicuna-13b": _instruct(VICUNA_13B),
     "xcomposer-7b": Blip2Config(
         EVA_G, replace(QUERIES, num_query=64), INTERNLM_7B, _INTERNLM, (_XCOMPOSER, _XCOMPOSER_SFT), flags=True,
-        wide_norm=False,
+        wide_norm=False, lora=_XCOMPOSER_LORA,
     ),
     "blip2-tiny": Blip2Config(
         _TINY_VISION, _TINY_QFORMER, _TINY_OPT, _TINY, (_TOWERS, _TINY_STAGE1, _TINY_STAGE2),
+        heads=HeadsConfig(embed=64, bos=512),
+    ),
+    "blip2-t5-tiny": Blip2Seq2SeqConfig(
+        _TINY_VISION, _TINY_QFORMER, _TINY_T5, _TINY, (_T5_TOWERS, _TINY_STAGE1, _TINY_STAGE2),
         heads=HeadsConfig(embed=64, bos=512),
     ),
     "instructblip-tiny": Blip2Config(
@@ -163,7 +172,7 @@ QFORMER_MODELS = {
     ),
     "xcomposer-tiny": Blip2Config(
         _TINY_VISION, replace(_TINY_QFORMER, vocab=0, num_query=12), _TINY_INTERNLM, _TINY,
-        (_ROTARY_TOWERS, _TINY_XCOMPOSER),
-        flags=True, wide_norm=False,
+        (_ROTARY_TOWERS, _TINY_XCOMPOSER, _TINY_XCOMPOSER_SFT),
+        flags=True, wide_norm=False, lora=LoraConfig(rank=8, alpha=8),
     ),
 }  # fmt: skip

@@ -35,6 +35,8 @@ class Blip2Seq2Seq(Blip2):
 
     def _language_model(self) -> T5:
         assert isinstance(self.config.lm, T5Config)
+        if self.config.lora is not None:
+            raise ValueError("lora: got one for an encoder-decoder, expected None: it is a decoder's")
         return T5(self.config.lm)
 
     def forward(  # type: ignore[override]

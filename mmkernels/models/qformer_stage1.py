@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -15,31 +15,13 @@ from mmkernels.layers.qformer_layer import KeysValues, QFormerConfig
 from mmkernels.layers.vision import EVA_G, VisionConfig, VisionTower
 from mmkernels.models.base import IGNORE
 from mmkernels.models.gather import gather, gather_with_gradient, rank
+from mmkernels.models.qformer_recipes import RETRIEVAL, STAGE1
 from mmkernels.models.stages import Stage
 from mmkernels.primitives import _check
 
 _PUBLISHED = QFormerConfig()
 _HIDDEN = -10_000.0  # the published score of a pair that may not be drawn as a negative
 _SOFT = 0.1  # label smoothing, of one-hot and of soft targets alike
-
-# what stage 2 keeps of a Q-Former: everything but what only text goes through
-QUERY_SIDE = (
-    "qformer.query_tokens", "qformer.norm.*", "qformer.image_kv.*", "qformer.layers.*.attention*",
-    "qformer.layers.*.cross*", "qformer.layers.*.query_*",
-)  # fmt: skip
-STAGE1 = Stage(
-    "stage1",
-    trainable=("qformer.*", "ln_vision.*", "heads.*"),
-    losses={"itc": 1.0, "itm": 1.0, "lm": 1.0},
-    mix={"itc": 1.0, "itm": 1.0, "lm": 1.0},  # the three read one batch
-    learning_rate=1e-4,
-    weight_decay={"*": 0.05},
-    decay_vectors=False,
-    betas=(0.9, 0.98),
-    schedule="cosine",
-    warmup=2000,
-    steps=250_000,
-)
 
 
 class VisionNorm(nn.LayerNorm):
@@ -64,12 +46,19 @@ class HeadsConfig:
 
 @dataclass(frozen=True)
 class Stage1Config:
-    """Stage 1 as published. Without a `vision` tower images come as its tokens `[B, M, image_width]`."""
+    """Stage 1 as published. Without a `vision` tower images come as its tokens `[B, M, image_width]`.
+
+    `stages` is its recipe; the last one says what a freshly built model trains.
+    """
 
     qformer: QFormerConfig = _PUBLISHED
     vision: VisionConfig | None = EVA_G
     heads: HeadsConfig = HeadsConfig()
     norm_eps: float = 1e-5
+    stages: tuple[Stage, ...] = (STAGE1,)
+
+
+RETRIEVAL_COCO = Stage1Config(vision=replace(EVA_G, image_size=364), stages=(RETRIEVAL,))
 
 
 class Stage1Losses(NamedTuple):
@@ -235,14 +224,16 @@ class Stage1(nn.Module):
             raise ValueError(
                 f"vocab: got {c.qformer.vocab}, expected more than bos = {c.heads.bos}: stage 1 reads and writes text"
             )
-        self.vision = None if c.vision is None else VisionTower(c.vision).requires_grad_(False)
+        self.vision = None if c.vision is None else VisionTower(c.vision)
         self.ln_vision = None if c.vision is None else VisionNorm(c.vision.width, c.norm_eps)
         self.qformer = QFormer(c.qformer)
         self.heads = Stage1Heads(c.heads, c.qformer.hidden)
+        if self.vision is not None:
+            c.stages[-1].freeze(self)
 
     def stages(self) -> list[Stage]:
         """The published recipe; see `Stage`."""
-        return [STAGE1]
+        return list(self.config.stages)
 
     def tokens(self, image: Tensor) -> Tensor:
         """Pictures `[B, 3, S, S]` -> tokens `[B, M, image_width]`; without a tower they are tokens already."""
@@ -285,4 +276,4 @@ def qformer_beside_queries(qformer: QFormer, source: str) -> Table:
     """A whole model's file: the Q-Former under its name, the learned queries beside it."""
     theirs = "qformer." if source == "huggingface" else "Qformer."
     queries = Rule(r"qformer\.query_tokens", ("query_tokens",), lambda t: t.flatten(0, 1))
-    return qformer.published(source).under("qformer.", theirs) + Table((queries,))
+    return Table((queries,)) + qformer.published(source).under("qformer.", theirs)

@@ -32,9 +32,9 @@ def blip2_table(model: Any, source: str) -> Table:
         table += _TOWER.under("vision.", "vision_model.")
         return table + Table(renames(ln_vision="vision_model.post_layernorm", proj="language_projection"))
     table += model.vision.published("eva").under("vision.", "visual_encoder.")
-    names = ("internlm_proj",) if source == "xcomposer" else ("opt_proj", "t5_proj", "llm_proj")
-    for name in names:
-        table += Table(renames(proj=name))
+    family = getattr(model.config.lm, "family", "t5")
+    of = "internlm" if source == "xcomposer" else {"opt": "opt", "t5": "t5"}.get(family, "llm")
+    table += Table(renames(proj=f"{of}_proj"))
     flags = tuple(
         Rule(f"flag_{end}", (f"flag_image_{end}",), lambda t: t.flatten()) for end in ("start", "end")
     )

@@ -41,6 +41,7 @@ _CHAT = Stage(
     mix={"instructions": 350e3},
     learning_rate=1e-5,
     weight_decay={"*norm.weight": 0.0, "*.weight": 0.1},
+    betas=(0.9, 0.95),
     schedule="cosine",
     warmup=0.01,
     steps=8_000,
@@ -54,7 +55,7 @@ _TOWERS = Stage(
     learning_rate=2e-3,
     schedule="cosine",
     warmup=0.2,
-    steps=150,
+    steps=500,
 )
 
 
@@ -86,9 +87,9 @@ QWEN_VL = {
         marks=Marks(image_end=507, slot=508, turn=509, newline=510, assistant=511),  # above what captions need
         stages=(
             _TOWERS,
-            _small(_PRETRAIN, {"pairs": 1.0}, 4e-3, 200, 32),
-            _small(_MULTITASK, {"pairs": 1.0, "interleaved": 1.0}, 1e-3, 50, 64),
-            _small(_CHAT, {"instructions": 1.0}, 5e-4, 50, 64),
+            _small(_PRETRAIN, {"pairs": 1.0}, 2e-3, 500, 32),
+            _small(_MULTITASK, {"pairs": 1.0, "interleaved": 1.0}, 1e-3, 150, 64),
+            _small(_CHAT, {"instructions": 1.0}, 5e-4, 150, 64),
         ),
     ),
 }  # fmt: skip

@@ -29,28 +29,10 @@ class Marks:
     newline: int
     assistant: int
 
-
-def expand_images(
-    input_ids: Tensor, tokens: Tokens, marks: Marks, slots: int, attention_mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Every image token becomes an image token, `slots` slots and an image end: ids and mask `[B, T']`, padded on the right.
-
-    **Shapes** input_ids and attention_mask (None: all but padding counts) `[B, T]`. Values are read: for the host.
-    """
-    _check.shapes(input_ids=(input_ids, "B T"), attention_mask=(attention_mask, "B T"))
-    _check.positive(slots=slots)
-    mask = input_ids != tokens.pad if attention_mask is None else attention_mask
-    image = [tokens.image, *[marks.slot] * slots, marks.image_end]
-    rows = []
-    for ids, keep in zip(input_ids.tolist(), mask.tolist(), strict=True):
-        kept = (token for token, counts in zip(ids, keep, strict=True) if counts)
-        rows.append([t for token in kept for t in (image if token == tokens.image else (token,))])
-    expanded = input_ids.new_full((len(rows), max(map(len, rows), default=0)), tokens.pad)
-    valid = torch.zeros_like(expanded, dtype=torch.bool)
-    for n, row in enumerate(rows):
-        expanded[n, : len(row)] = torch.tensor(row, dtype=input_ids.dtype)
-        valid[n, : len(row)] = True
-    return expanded, valid
+    def image(self, tokens: Tokens, slots: int) -> list[int]:
+        """What stands for an image in the text."""
+        _check.positive(slots=slots)
+        return [tokens.image, *[self.slot] * slots, self.image_end]
 
 
 def image_places(input_ids: Tensor, image: int) -> tuple[Tensor, Tensor]:
@@ -125,6 +107,21 @@ def chatml_ids(
         said = encode(text) if isinstance(text, str) else text
         ids += [marks.turn, *name, marks.newline, *said, tokens.end_of_chunk, marks.newline]
     return ids
+
+
+def chat_prompt(
+    text: str, pictures: int, encode: Callable[[str], list[int]], tokens: Tokens, marks: Marks
+) -> list[int]:
+    """What is asked about pictures, up to where the assistant's answer begins: a user's turn in which each picture has its line
+    (`picture_text`, one image token for a picture) before the text, and the opening of the assistant's turn.
+
+    A text that says itself where its pictures stand has 0 of them.
+    """
+    lines = [
+        t for k in range(1, pictures + 1) for t in (*encode(f"Picture {k}: "), tokens.image, marks.newline)
+    ]
+    asked = chatml_ids([("user", [*lines, *encode(text)])], encode, tokens, marks)
+    return [*asked, marks.turn, marks.assistant, marks.newline]
 
 
 def picture_text(number: int, path: str) -> str:

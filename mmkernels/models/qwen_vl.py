@@ -12,7 +12,8 @@ from mmkernels.layers.decoder import Decoder, DecoderConfig
 from mmkernels.layers.qwen_resampler import QwenResampler
 from mmkernels.layers.vision import VisionConfig, VisionTower
 from mmkernels.models.base import Cache, MultimodalModel, Tokens
-from mmkernels.models.qwen_text import Marks, check_slots, expand_images, image_places
+from mmkernels.models.places import expand_images
+from mmkernels.models.qwen_text import Marks, check_slots, image_places
 from mmkernels.models.stages import Stage
 from mmkernels.primitives import _check
 
@@ -86,9 +87,19 @@ class QwenVL(MultimodalModel):
         """The training recipe; see `Stage`."""
         return list(self.config.stages)
 
-    def expand(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Ids with one token an image -> ids and mask with every image's slots and end; see `expand_images`."""
-        return expand_images(input_ids, self.tokens, self.marks, self.config.slots, attention_mask)
+    def expand(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, frames: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Ids with one token an image -> ids and mask `[B, T']` with every image's slots and end, padded on the right.
+
+        Without a mask all but the padding token counts as text. **Raises** ValueError for videos.
+        """
+        if frames != 1:
+            raise ValueError(f"frames: got {frames}, expected 1: Qwen-VL reads pictures")
+        mask = input_ids != self.tokens.pad if attention_mask is None else attention_mask
+        image = self.marks.image(self.tokens, self.config.slots)
+        made = expand_images(input_ids, self.tokens, image, attention_mask=mask)
+        return made.ids, made.mask
 
     def encode(self, images: Tensor) -> Tensor:
         """images `[B, I, 3, H, W]` -> `[B, I, grid^2, C]`; a frozen side records no gradient."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -18,7 +18,8 @@ class Stage:
     that no pattern meets have none, nor, unless `decay_vectors`, have those with fewer than two dimensions. The rate rises
     linearly over `warmup` steps (below 1: that share of all steps), then follows `schedule`: "constant", or "cosine" down to
     `floor`. `betas` are AdamW's. Gradients are clipped to norm `clip`. `steps` is the stage's length where the recipe sets one,
-    `image_size` the side of its pictures where that is not the tower's own.
+    `image_size` the side of its pictures where that is not the tower's own. With a `layer_decay` d, block i of a tower's n
+    learns at the rate times `d^(n - i)`, what is before the blocks at the rate times `d^(n + 1)`.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Stage:
     floor: float = 0.0
     decay_vectors: bool = True
     image_size: int | None = None
+    layer_decay: float = 1.0
 
     def freeze(self, model: nn.Module) -> None:
         """Makes exactly this stage's parameters trainable."""
@@ -48,14 +50,34 @@ class Stage:
             raise ValueError(f"trainable: {', '.join(missing)} meets no parameter of {type(model).__name__}")
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """The trainable parameters for an optimizer, one group for each weight decay."""
-        groups: dict[float, list[nn.Parameter]] = {}
+        """The trainable parameters for an optimizer, a group for each weight decay and each `scale` of the learning rate."""
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        scale = self._scales(model)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 patterns = self.weight_decay if self.decay_vectors or parameter.dim() > 1 else {}
                 decay = next((d for p, d in patterns.items() if fnmatchcase(name, p)), 0.0)
-                groups.setdefault(decay, []).append(parameter)
+                groups.setdefault((decay, scale(name)), []).append(parameter)
         return [
-            {"params": params, "weight_decay": decay, "lr": self.learning_rate}
-            for decay, params in groups.items()
+            {"params": params, "weight_decay": decay, "lr": self.learning_rate * scale, "scale": scale}
+            for (decay, scale), params in groups.items()
         ]
+
+    def _scales(self, model: nn.Module) -> Callable[[str], float]:
+        """How a parameter's learning rate, by its name, differs from the stage's."""
+        blocks = [_depth(name) for name, _ in model.named_parameters()] if self.layer_decay != 1 else []
+        after = 1 + max((depth for depth in blocks if depth is not None), default=0)
+
+        def scale(name: str) -> float:
+            depth = _depth(name)
+            return 1.0 if self.layer_decay == 1 or depth is None else self.layer_decay ** (after - depth)
+
+        return scale
+
+
+def _depth(name: str) -> int | None:
+    """How deep in a model's tower a parameter lies: 0 before the blocks, 1 in the first; None beside the tower."""
+    if not name.startswith("vision."):
+        return None
+    parts = name.split(".")
+    return 1 + int(parts[parts.index("blocks") + 1]) if "blocks" in parts else 0

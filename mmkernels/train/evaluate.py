@@ -51,25 +51,28 @@ def last_image(
     documents: int,
     *,
     shuffled: bool = False,
-    options: Callable[[Batch], dict[str, Any]] = lambda batch: {},
+    hits: Callable[[Any, Batch, Tensor], Tensor] | None = None,
 ) -> Score:
     """Scores the caption of the last picture on held-out documents.
 
     A caption is right when at each of its positions, end of chunk included, the likeliest token is the true one: exactly
     then greedy decoding would write it. `shuffled` gives every picture's place to a picture of another document: what is
-    then still right is chance, or it was the text that told it. `options` gives what else the model is told of a batch.
+    then still right is chance, or it was the text that told it. `hits(model, batch, pictures)` tells
+    which rows are right; the model of pictures, ids and mask unless given.
     """
     score, device = Score(), next(model.parameters()).device
     for number in range(-(-documents // _BATCH)):
         batch = sequences.held_out(number, min(_BATCH, documents - number * _BATCH))
         pictures = shuffle(batch) if shuffled else batch.images
-        ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
-        output = model(pictures.to(device), ids, mask, **options(batch))
-        for caption, hit in zip(
-            batch.captions.tolist(), right(output.logits.cpu(), batch).tolist(), strict=True
-        ):
+        found = (hits or _hits)(model, batch, pictures.to(device))
+        for caption, hit in zip(batch.captions.tolist(), found.tolist(), strict=True):
             score.add(sequences.dataset.captions[caption], hit)
     return score
+
+
+def _hits(model: Any, batch: Batch, pictures: Tensor) -> Tensor:
+    ids, mask = batch.input_ids.to(pictures.device), batch.attention_mask.to(pictures.device)
+    return right(model(pictures, ids, mask).logits.cpu(), batch)
 
 
 def right(logits: Tensor, batch: Batch) -> Tensor:

@@ -8,8 +8,16 @@ from typing import Any
 
 from mmkernels import models
 from mmkernels.data import Dataset, Pairs, Sequences, Tokenizer, Videos
-from mmkernels.models import Blip2Config, FlamingoConfig, LavinConfig, LlamaVidConfig, QwenVLConfig, Stage
-from mmkernels.train import lavin, qformer, qwen, video
+from mmkernels.models import (
+    Blip2Config,
+    Blip2Seq2SeqConfig,
+    FlamingoConfig,
+    LavinConfig,
+    LlamaVidConfig,
+    QwenVLConfig,
+    Stage,
+)
+from mmkernels.train import lavin, qformer, qwen, seq2seq, video
 from mmkernels.train.objectives import Objectives
 
 
@@ -17,13 +25,20 @@ def _nothing(model: Any, sequences: Any, stage: Stage) -> dict[str, Any]:
     return {}
 
 
+def _vocabulary(config: Any) -> int:
+    return config.lm.vocab
+
+
 @dataclass(frozen=True)
 class Family:
-    """`measure(model, sequences, stage)` gives the figures that go to the log with a stage's last step."""
+    """`measure(model, sequences, stage)` gives the figures that go to the log with a stage's last step; `words(config)` is how
+    many tokens the text may have.
+    """
 
     sequences: Callable[[Dataset, Tokenizer, Any, int], Sequences]
     objectives: type[Objectives] = Objectives
     measure: Callable[[Any, Any, Stage], dict[str, Any]] = _nothing
+    words: Callable[[Any], int] = _vocabulary
 
 
 def _sequences(dataset: Dataset, tokenizer: Tokenizer, config: Any, seed: int) -> Sequences:
@@ -49,9 +64,10 @@ def _videos(dataset: Dataset, tokenizer: Tokenizer, config: LlamaVidConfig, seed
 _FAMILIES = {
     FlamingoConfig: Family(_sequences),
     Blip2Config: Family(_pairs, qformer.QFormerObjectives, qformer.measure),
+    Blip2Seq2SeqConfig: Family(_pairs, seq2seq.Seq2SeqObjectives, qformer.measure),
     LavinConfig: Family(lavin.mixtures, lavin.LavinObjectives, lavin.measure),
     LlamaVidConfig: Family(_videos, video.VideoObjectives, video.measure),
-    QwenVLConfig: Family(qwen.dialogues, qwen.QwenObjectives),
+    QwenVLConfig: Family(qwen.dialogues, qwen.QwenObjectives, words=qwen.words),
 }
 
 

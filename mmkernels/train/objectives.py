@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmkernels.data import Batch, Sequences
 from mmkernels.models import Stage, flamingo_labels
+from mmkernels.train.evaluate import right
 
 
 class Objectives:
@@ -52,6 +53,11 @@ class Objectives:
     def options(self, batch: Batch) -> dict[str, Any]:
         """What else the model is told of a batch that it is tried on."""
         return {}
+
+    def hits(self, model: Any, batch: Batch, pictures: Tensor) -> Tensor:
+        """bool `[B]`: whether greedy decoding gives each row's last caption, with these pictures."""
+        ids, mask = batch.input_ids.to(self.device), batch.attention_mask.to(self.device)
+        return right(model(pictures, ids, mask, **self.options(batch)).logits.cpu(), batch)
 
     def parameters(self, stage: Stage) -> list[dict]:
         """The optimizer's groups: what the stage trains of the model, and the head while it is needed."""

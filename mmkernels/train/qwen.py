@@ -9,12 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels.data import Dataset, Dialogues, Tokenizer
+from mmkernels.data.dialogues import QUESTION
 from mmkernels.models import QwenVLConfig, Stage
 from mmkernels.models.base import IGNORE
-from mmkernels.models.qwen_text import chatml_ids, chatml_labels, text_labels
+from mmkernels.models.qwen_text import chat_prompt, chatml_labels, text_labels
 from mmkernels.train.objectives import Objectives
 
-QUESTION = "what is this?"
+
+def words(config: QwenVLConfig) -> int:
+    """How many tokens text has before those that mark images and turns."""
+    m = config.marks
+    return min(m.image_end, m.slot, m.turn, m.newline, m.assistant)
 
 
 def dialogues(dataset: Dataset, tokenizer: Tokenizer, config: QwenVLConfig, seed: int) -> Dialogues:
@@ -23,12 +28,9 @@ def dialogues(dataset: Dataset, tokenizer: Tokenizer, config: QwenVLConfig, seed
     **Raises** ValueError when the captions' tokens reach those that the model marks images and turns with.
     """
     marks, tokens = config.marks, config.tokens
-    lowest = min(marks.image_end, marks.slot, marks.turn, marks.newline, marks.assistant)
-    if len(tokenizer) > lowest:
-        raise ValueError(f"data: its captions have {len(tokenizer)} tokens, expected at most {lowest}")
-    question = [tokens.image, *tokenizer.encode(QUESTION)]
-    asked = chatml_ids([("user", question)], tokenizer.encode, tokens, marks)
-    opening = [*asked, marks.turn, marks.assistant, marks.newline]
+    if len(tokenizer) > words(config):
+        raise ValueError(f"data: its captions have {len(tokenizer)} tokens, expected at most {words(config)}")
+    opening = chat_prompt(QUESTION, 1, tokenizer.encode, tokens, marks)
 
     def talk(answer: list[int]) -> tuple[list[int], int]:
         return [*opening, *answer, marks.newline], len(opening)

@@ -68,7 +68,7 @@ class Trainer:
         dataset = data.build(run.data)
         model: Any = models.build(run.model)
         self.model, self.family = model.to(device), family(model.config)
-        self.tokenizer = Tokenizer.train(dataset.captions, model.config.lm.vocab)
+        self.tokenizer = Tokenizer.train(dataset.captions, self.family.words(model.config))
         self.sequences = self.family.sequences(dataset, self.tokenizer, model.config, run.seed)
         self.objectives = self.family.objectives(model, self.sequences, run.batch, device)
         self.step = 0
@@ -110,7 +110,7 @@ class Trainer:
         if not all(map(math.isfinite, (norm, *losses.values()))):
             raise Diverged(self._obituary(losses, norm))
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("scale", 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -183,8 +183,8 @@ class Trainer:
 
     def score(self, documents: int, *, shuffled: bool = False) -> Score:
         with self._autocast(), evaluating(self.model):
-            options = self.objectives.options
-            return last_image(self.model, self.sequences, documents, shuffled=shuffled, options=options)
+            hits = self.objectives.hits
+            return last_image(self.model, self.sequences, documents, shuffled=shuffled, hits=hits)
 
     def measure(self) -> dict[str, Any]:
         """What the family measures where a stage ends; nothing elsewhere."""

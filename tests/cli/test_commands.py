@@ -202,6 +202,7 @@ def test_pictures_that_cannot_be_captioned(refused, trained, picture, tmp_path):
     assert "text.png: not a picture" in generate("--image", tmp_path / "text.png")
     assert "huge.png: 8000 x 8000 pixels is more than" in generate("--image", tmp_path / "huge.png")
     assert "2 <image> for 1 pictures" in generate("--image", picture, "--prompt", "<image><image>")
+    assert "model: got 'blip2-tiny' for" in generate("--image", picture, "--model", "blip2-tiny")
     assert "pictures: got 7, expected 1 to 6" in generate(*["--image", picture] * 7)
     assert "max_new_tokens: got 0" in generate("--image", picture, "--max-new-tokens", 0)
 

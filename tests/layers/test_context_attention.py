@@ -73,6 +73,15 @@ def test_attend_is_the_frame_s_part_of_it() -> None:
     assert torch.equal(layer("mean").attend(q[:0], x[:0]), torch.empty(0, 2, LM, dtype=torch.float64))
 
 
+def test_attend_takes_the_q_former_s_rows_too() -> None:
+    """Rows of its own width are projected by `query`; those of the tower's width are taken to be projected."""
+    module, random = layer("grid:2"), torch.Generator().manual_seed(1)
+    rows = torch.randn(5, 3, CONFIG.hidden, generator=random, dtype=torch.float64)
+    x = torch.randn(5, 16, WIDTH, generator=random, dtype=torch.float64)
+    assert CONFIG.hidden != WIDTH
+    assert torch.equal(module.attend(rows, x), module.attend(module.query(rows), x))
+
+
 @pytest.mark.parametrize(
     ("compress", "patches", "tokens"),
     [("none", 256, 256), ("mean", 7, 1), ("grid:4", 256, 16), ("grid:2", 256, 4), ("grid:3", 16, 16), ("grid:2", 25, 4),

@@ -109,17 +109,6 @@ def test_padding_of_prompts_changes_nothing(video_model: models.LlamaVid) -> Non
     assert torch.equal(media, video_model.encode(asked, ids.unsqueeze(1), mask.unsqueeze(1)))
 
 
-def test_expansion() -> None:
-    tokens = models.config("llama-vid-tiny").tokens
-    ids = text_ids("aIbE..", "abcIdE")
-    out = expand_images(ids, tokens, 3, attention_mask=ids != tokens.pad, labels=ids)
-    assert torch.equal(out.ids, text_ids("aIIIbE..", "abcIIIdE"))
-    assert torch.equal(out.mask, out.ids != tokens.pad)
-    text = out.mask & (out.ids != tokens.image)
-    assert out.labels is not None and torch.equal(out.labels, torch.where(text, out.ids, -100))
-    assert expand_images(text_ids("Ia"), tokens, 1).labels is None
-
-
 def test_long_prompts_lose_their_beginning() -> None:
     assert pad_prompts([[1, 2, 3, 4, 5]], limit=3)[0].tolist() == [[3, 4, 5]]
     assert pad_prompts([[1, 2, 3, 4, 5]], limit=3, first=1)[0].tolist() == [[1, 4, 5]]
@@ -248,7 +237,7 @@ def test_bad_input_is_refused_by_name(video_model: models.LlamaVid) -> None:
         ("input_ids: got 3 places .* expected 4", lambda: model(asked, ids[:, 1:], prompt_ids=prompt)),
         ("media: got shape", lambda: model(input_ids=ids, media=media[..., :5])),
         ("input_ids: got ids 0 to 600", lambda: model(asked, ids * 0 + 600 * (ids == 97), prompt_ids=prompt)),
-        ("count: got 0", lambda: expand_images(ids, model.tokens, 0)),
+        ("places: got 0", lambda: expand_images(ids, model.tokens, 0)),
         ("limit: got 0", lambda: pad_prompts([[1]], limit=0)),
         ("prompts: got 0", lambda: pad_prompts([])),
         ("context: got 0", lambda: rotary_scaling(1, 0)),

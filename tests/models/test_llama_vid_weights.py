@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from published_files import bert, both, eva, llama
 from torch import Tensor
 
 from mmkernels import models, weights
 from mmkernels.layers import VisionTower
 
-ENDS = ("weight", "bias")
 TOWER = "model.vision_tower.vision_tower."
 
 
@@ -29,83 +29,15 @@ def pair() -> tuple[models.LlamaVid, models.LlamaVid]:
 def _released(model: models.LlamaVid, tower: bool) -> dict[str, Tensor]:
     """The model's parameters under the names of the released files, made by hand."""
     state, out = model.state_dict(), {}
-    bert, c = "model.vlm_att_encoder.bert.", model.config.connector.qformer
     lines = {
         "norm": "vlm_att_ln", "query": "vlm_att_projector", "key": "vlm_att_key_projector",
         "value": "vlm_att_val_projector", "content_up": "mm_projector.0", "content_down": "mm_projector.2",
     }  # fmt: skip
     for ours, theirs in lines.items():
-        out |= {f"model.{theirs}.{end}": state[f"connector.{ours}.{end}"] for end in ENDS}
+        out.update(both(state, f"connector.{ours}", f"model.{theirs}"))
     out["model.vlm_att_query"] = state["connector.qformer.query_tokens"].unsqueeze(0)
-    out[f"{bert}embeddings.position_ids"] = torch.arange(4).unsqueeze(0)
-    out[f"{bert}embeddings.word_embeddings.weight"] = state["connector.qformer.embedding.weight"]
-    out[f"{bert}embeddings.position_embeddings.weight"] = state["connector.qformer.position_embedding.weight"]
-    image = (
-        iter(state["connector.qformer.image_kv.weight"].split(c.hidden)),
-        iter(state["connector.qformer.image_kv.bias"].split(c.hidden)),
-    )
-    for end in ENDS:
-        out[f"{bert}embeddings.LayerNorm.{end}"] = state[f"connector.qformer.norm.{end}"]
-        for i in range(c.layers):
-            at, ours = f"{bert}encoder.layer.{i}.", f"connector.qformer.layers.{i}."
-            for part, rows in zip(
-                ("query", "key", "value"), state[f"{ours}attention.qkv.{end}"].chunk(3), strict=True
-            ):
-                out[f"{at}attention.self.{part}.{end}"] = rows
-            names = {
-                "attention.out": "attention.output.dense", "attention_norm": "attention.output.LayerNorm",
-                "query_ffn.up": "intermediate_query.dense", "query_ffn.down": "output_query.dense",
-                "query_norm": "output_query.LayerNorm", "text_ffn.up": "intermediate.dense",
-                "text_ffn.down": "output.dense", "text_norm": "output.LayerNorm",
-            }  # fmt: skip
-            if i % 2 == 0:
-                names |= {
-                    "cross.q": "crossattention.self.query", "cross.out": "crossattention.output.dense",
-                    "cross_norm": "crossattention.output.LayerNorm",
-                }  # fmt: skip
-                for part in ("key", "value"):
-                    out[f"{at}crossattention.self.{part}.{end}"] = next(image[end == "bias"])
-            out |= {f"{at}{theirs}.{end}": state[f"{ours}{name}.{end}"] for name, theirs in names.items()}
-    return out | _released_llama(state) | (_released_tower(state) if tower else {})
-
-
-def _released_llama(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    out = {
-        "model.embed_tokens.weight": state["lm.embedding.weight"], "model.norm.weight": state["lm.norm.weight"],
-        "lm_head.weight": state["lm.head.weight"],
-    }  # fmt: skip
-    for i in range(4):
-        at, ours = f"model.layers.{i}.", f"lm.blocks.{i}."
-        qkv, up = state[f"{ours}attention.qkv.weight"].chunk(3), state[f"{ours}mlp.up.weight"].chunk(2)
-        out |= {f"{at}self_attn.{n}_proj.weight": t for n, t in zip("qkv", qkv, strict=True)}
-        out |= {f"{at}mlp.{n}_proj.weight": t for n, t in zip(("gate", "up"), up, strict=True)}
-        out[f"{at}self_attn.rotary_emb.inv_freq"] = torch.zeros(16)
-        for theirs, name in {
-            "self_attn.o_proj": "attention.out", "mlp.down_proj": "mlp.down", "input_layernorm": "attention_norm",
-            "post_attention_layernorm": "mlp_norm",
-        }.items():  # fmt: skip
-            out[f"{at}{theirs}.weight"] = state[f"{ours}{name}.weight"]
-    return out
-
-
-def _released_tower(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    width = state["vision.class_token"].shape[0]
-    out = {
-        f"{TOWER}cls_token": state["vision.class_token"].view(1, 1, width),
-        f"{TOWER}pos_embed": state["vision.positions"].unsqueeze(0),
-        f"{TOWER}patch_embed.proj.weight": state["vision.patch.weight"].view(width, 3, 8, 8),
-        f"{TOWER}patch_embed.proj.bias": state["vision.patch.bias"],
-    }
-    for i in range(2):
-        at, ours = f"{TOWER}blocks.{i}.", f"vision.blocks.{i}."
-        out[f"{at}attn.qkv.weight"] = state[f"{ours}attention.qkv.weight"]
-        out[f"{at}attn.q_bias"], _, out[f"{at}attn.v_bias"] = state[f"{ours}attention.qkv.bias"].chunk(3)
-        for theirs, name in {
-            "norm1": "attention_norm", "attn.proj": "attention.out", "norm2": "mlp_norm", "mlp.fc1": "mlp.up",
-            "mlp.fc2": "mlp.down",
-        }.items():  # fmt: skip
-            out |= {f"{at}{theirs}.{end}": state[f"{ours}{name}.{end}"] for end in ENDS}
-    return out
+    out |= bert(state, "connector.qformer.", "model.vlm_att_encoder.bert.", model.config.connector.qformer)
+    return out | llama(state) | (eva(state, TOWER, 8) if tower else {})
 
 
 @pytest.mark.parametrize("tower", [True, False])
@@ -151,7 +83,7 @@ def test_the_tower_loads_alone_and_keeps_its_class_token(
 ) -> None:
     """The file of the tower has one block more than is read, and a head."""
     source, _ = pair
-    state = {k.removeprefix(TOWER): v for k, v in _released_tower(source.state_dict()).items()}
+    state = {k.removeprefix(TOWER): v for k, v in eva(source.state_dict(), TOWER, 8).items()}
     state |= {
         "blocks.39.attn.q_bias": torch.ones(3),
         "norm.weight": torch.ones(3),

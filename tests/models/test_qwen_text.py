@@ -28,16 +28,6 @@ def kept(input_ids: torch.Tensor, labels: torch.Tensor) -> list[str]:
     ]
 
 
-def test_images_get_their_slots():
-    given = ids("aIbI", "Ic..", "abcd", "..Ia")
-    got, mask = text.expand_images(given, TOKENS, MARKS, 3)
-    assert torch.equal(got, ids("aIsssJbIsssJ", "IsssJc......", "abcd........", "IsssJa......"))
-    assert torch.equal(mask, got != 0)
-    mask = torch.tensor([[True, True, False, False]])
-    assert torch.equal(text.expand_images(ids("aIbI"), TOKENS, MARKS, 2, mask)[0], ids("aIssJ"))
-    assert text.expand_images(torch.zeros(0, 4, dtype=torch.int64), TOKENS, MARKS, 3)[0].shape == (0, 0)
-
-
 def test_places():
     image, place = text.image_places(ids("aIssJbIssJ"), TOKENS.image)
     assert image.tolist() == [[-1, 0, 0, 0, 0, 0, 1, 1, 1, 1]]
@@ -72,6 +62,17 @@ def test_a_conversation():
     turns = [("y", "Iab"), ("assistant", "cnd"), ("y", "e")]
     got = text.chatml_ids(turns, lambda letters: ids(letters)[0].tolist(), TOKENS, MARKS)
     assert torch.equal(torch.tensor([got]), ids("<ynIabCn<AncndCn<yneCn"))
+
+
+def test_a_question_about_pictures():
+    """Each picture has its published line; a text that holds its pictures has none added."""
+
+    def encode(letters: str) -> list[int]:
+        return ids(letters.replace("Picture ", "p").replace(": ", "").replace("user", "y"))[0].tolist()
+
+    got = [text.chat_prompt(asked, n, encode, TOKENS, MARKS) for asked, n in (("ab", 2), ("aIb", 0))]
+    assert torch.equal(torch.tensor(got[:1]), ids("<ynp1Inp2InabCn<An"))
+    assert torch.equal(torch.tensor(got[1:]), ids("<ynaIbCn<An"))
 
 
 def test_boxes():

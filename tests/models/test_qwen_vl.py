@@ -124,6 +124,7 @@ def test_stages_freeze_what_the_published_ones_do(model):
         chat.freeze(built)  # the switch that spares the resampler freezes norm and projection with the tower
         assert all(t == n.startswith(("lm.", "vision.resampler.")) for n, t in _trained(built).items())
         assert not built.vision.proj.requires_grad and not built.vision.post_norm.weight.requires_grad
+        assert chat.betas == (0.9, 0.95)
         groups = {d["weight_decay"]: d["params"] for d in chat.parameter_groups(built)}
         assert set(groups) == {0.0, 0.1} and all(p.dim() == 2 for p in groups[0.1])
         assert set(pretrain.losses) == set(pretrain.mix) and sum(multitask.losses.values()) in (

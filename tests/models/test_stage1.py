@@ -173,7 +173,7 @@ def test_the_released_file_s_names():
     model = Stage1(Stage1Config(QFORMER, tower, HEADS))
     table, state = model.published("lavis"), {}
     for name, value in model.state_dict().items():
-        rule = [r for r in table.rules if r.sources(name) is not None][-1]
+        rule = next(r for r in table.rules if r.sources(name) is not None)
         keys = rule.sources(name)
         if name == "vision.patch.weight":
             state[keys[0]] = torch.randn(12, 3, 14, 14)
