@@ -13,6 +13,7 @@ from mmkernels.layers.gated_cross_attention import project_media_all as project_
 from mmkernels.layers.mlp import MLP as MLP
 from mmkernels.layers.positions import interpolate_positions as interpolate_positions
 from mmkernels.layers.positions import sincos_positions as sincos_positions
+from mmkernels.layers.projector import Projector as Projector
 from mmkernels.layers.qformer import QFormer as QFormer
 from mmkernels.layers.qformer_layer import QFormerConfig as QFormerConfig
 from mmkernels.layers.qwen_resampler import QwenResampler as QwenResampler

@@ -18,7 +18,10 @@ from mmkernels.primitives import _check
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """A pre-norm transformer block: `x += attention(norm(x)); x += mlp(norm(x))`, or both from one norm when `parallel`."""
+    """A pre-norm transformer block: `x += attention(norm(x)); x += mlp(norm(x))`, or both from one norm when `parallel`.
+
+    With `norm_after` the residual is outside of the norm: `x += norm(attention(x)); x += norm(mlp(x))`.
+    """
 
     width: int
     heads: int
@@ -34,6 +37,7 @@ class BlockConfig:
     mlp_bias: bool = True
     qk_norm: str | None = None
     parallel: bool = False
+    norm_after: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class Block(nn.Module):
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         c = self.config = config
+        if c.parallel and c.norm_after:
+            raise ValueError("norm_after: got True beside parallel, expected at most one of them")
         self.attention_norm = make_norm(c.norm, c.width, eps=c.eps, bias=c.norm_bias)
         self.attention = SelfAttention(
             c.width, c.heads, kv_heads=c.kv_heads, head_dim=c.head_dim, qkv_bias=c.qkv_bias, out_bias=c.out_bias,
@@ -76,6 +82,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, seen: Visibility, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         """x `[B, T, C]` -> the same shape; with a cache the T rows continue what `layer` has stored."""
+        if self.config.norm_after and self.mlp_norm is not None:
+            x = x + self.attention_norm(self.attention(x, seen, cache, layer))
+            return x + self.mlp_norm(self.mlp(x))
         normed = self.attention_norm(x)
         attended = self.attention(normed, seen, cache, layer)
         if self.mlp_norm is None:

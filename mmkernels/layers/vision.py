@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mmkernels.layers import eva_table
 from mmkernels.layers._published import Rule, Table
 from mmkernels.layers.attention import Visibility
 from mmkernels.layers.decoder import Block, BlockConfig
 from mmkernels.layers.decoder_tables import heads_last
-from mmkernels.layers.eva_table import EVA
 from mmkernels.layers.positions import interpolate_positions
 from mmkernels.primitives import _check
 
@@ -23,7 +23,7 @@ class VisionConfig:
 
     `post_norm` also norms the patches that come out. `class_token=False` leaves it out. With `any_size` images may have other
     sizes, whole patches each way: the positions are stretched to them. EVA has no `pre_norm`, a `patch_bias`, and hands on its
-    class token (`keep_class`).
+    class token (`keep_class`). `norm_after` is `BlockConfig`'s.
     """
 
     image_size: int
@@ -40,6 +40,7 @@ class VisionConfig:
     pre_norm: bool = True
     patch_bias: bool = False
     keep_class: bool = False
+    norm_after: bool = False
 
     @property
     def patches(self) -> int:
@@ -54,6 +55,11 @@ VIT_BIGG = VisionConfig(
 EVA_G = VisionConfig(
     image_size=224, patch_size=14, width=1408, layers=39, heads=16, hidden=6144, activation="gelu", eps=1e-6,
     pre_norm=False, patch_bias=True, keep_class=True,
+)  # fmt: skip
+
+EVA_E = VisionConfig(  # its last layer, the 64th, is dropped
+    image_size=224, patch_size=14, width=1792, layers=63, heads=16, hidden=15_360, activation="gelu", eps=1e-6,
+    pre_norm=False, patch_bias=True, keep_class=True, norm_after=True,
 )  # fmt: skip
 
 
@@ -74,7 +80,9 @@ class VisionTower(nn.Module):
         self.class_token = nn.Parameter(torch.randn(c.width) * c.width**-0.5) if c.class_token else None
         self.positions = nn.Parameter(torch.randn(c.patches + c.class_token, c.width) * c.width**-0.5)
         self.pre_norm = nn.LayerNorm(c.width, c.eps) if c.pre_norm else None
-        block = BlockConfig(c.width, c.heads, c.hidden, activation=c.activation, eps=c.eps)
+        block = BlockConfig(
+            c.width, c.heads, c.hidden, activation=c.activation, eps=c.eps, norm_after=c.norm_after
+        )
         self.blocks = nn.ModuleList(Block(block) for _ in range(c.layers))
         self.post_norm = nn.LayerNorm(c.width, c.eps) if c.post_norm else None
 
@@ -115,7 +123,11 @@ class VisionTower(nn.Module):
         """Where the authors' files keep the tower's parameters."""
         if source == "qwen_vl":
             return _qwen_vl(self.config.heads)
-        return {"huggingface_clip": _HUGGINGFACE, "open_clip": _OPEN_CLIP, "eva": EVA}[source]
+        return {
+            "huggingface_clip": _HUGGINGFACE,
+            "open_clip": _OPEN_CLIP,
+            "eva": eva_table.EVA_E if self.config.norm_after else eva_table.EVA,
+        }[source]
 
 
 def _patchify(images: Tensor, size: int) -> Tensor:
