@@ -36,9 +36,9 @@ Box = tuple[float, float, float, float]
 
 
 def box_text(*boxes: Sequence[float]) -> str:
-    """Boxes (x0, y0, x1, y1) in shares of the picture as CogVLM writes them: `[[x0,y0,x1,y1;...]]`.
+    """Boxes (x0, y0, x1, y1) in shares of the picture as CogVLM writes them: `[[x0,y0,x1,y1;...]]`, three digits a side.
 
-    Sides are thousandths of three digits, rounded down, at most 999. **Raises** ValueError for boxes that leave the picture, and for none.
+    Thousandths are rounded down, at most 999. **Raises** ValueError for boxes that leave the picture, and for none.
     """
     if not boxes:
         raise ValueError("boxes: got none, expected at least one")
