@@ -23,3 +23,8 @@ from mmkernels.layers.t5 import T5Cache as T5Cache
 from mmkernels.layers.t5 import T5Config as T5Config
 from mmkernels.layers.vision import VisionConfig as VisionConfig
 from mmkernels.layers.vision import VisionTower as VisionTower
+from mmkernels.layers.visual_expert import VisualExpertAttention as VisualExpertAttention
+from mmkernels.layers.visual_expert import VisualExpertBlock as VisualExpertBlock
+from mmkernels.layers.visual_expert import VisualExpertMLP as VisualExpertMLP
+from mmkernels.ops.visual_expert import expert_mask as expert_mask
+from mmkernels.ops.visual_expert import image_positions as image_positions

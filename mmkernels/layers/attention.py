@@ -59,11 +59,13 @@ def rotary_table(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of `position / scaling * base^(-2 r / width)`: positions `[B, T]` -> two `[B, T, 1, width / 2]`.
 
-    At least float32. `scaling` above 1 fits longer texts between the positions that were trained.
+    All of it in `dtype`: positions, frequencies, their product and the result are rounded to it, as models that were built in
+    bfloat16 do (there 256 and 257 are one position). `scaling` above 1 fits longer texts between the positions trained.
     """
-    dtype = torch.promote_types(dtype, torch.float32)
-    steps = torch.arange(0, width, 2, dtype=dtype, device=positions.device)
-    angles = (positions.to(dtype) / scaling)[:, :, None, None] * base ** (-steps / width)
+    wide = torch.promote_types(dtype, torch.float32)
+    steps = torch.arange(0, width, 2, dtype=wide, device=positions.device)
+    frequencies = (1.0 / base ** (steps / width)).to(dtype)
+    angles = (positions.to(dtype) / scaling)[:, :, None, None] * frequencies
     return angles.cos(), angles.sin()
 
 

@@ -163,7 +163,7 @@ class Decoder(nn.Module):
         rotary = slopes = None
         if c.positions == "rotary":
             width = int((c.block.head_dim or c.block.width // c.block.heads) * c.rotary_fraction)
-            dtype = self.embedding.weight.dtype
+            dtype = torch.promote_types(self.embedding.weight.dtype, torch.float32)
             rotary = rotary_table(positions, width, c.rotary_base, dtype, c.rotary_scaling)
         if c.positions == "alibi":
             slopes = alibi_slopes(c.block.heads, positions.device)
