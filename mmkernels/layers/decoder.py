@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -99,12 +100,17 @@ class Decoder(nn.Module):
     `special` are token ids whose embedding rows live apart, in `special_rows`, and can be trained while the table is frozen:
     the frozen table is then never touched by an optimizer, not even by its weight decay. With a tied head they answer for
     these tokens' logits too. Published weights load with the names of `sources`; Mistral, Yi, InternLM, StableLM and
-    Qwen2 files are laid out as "llama".
+    Qwen2 files are laid out as "llama". `make_block(layer)` makes other blocks than `config.block` describes.
     """
 
     sources = tuple(LAYOUTS)
 
-    def __init__(self, config: DecoderConfig, special: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        special: tuple[int, ...] = (),
+        make_block: Callable[[int], nn.Module] | None = None,
+    ) -> None:
         super().__init__()
         c = self.config = config
         _check.choice("positions", c.positions, ("alibi", "rotary", "learned", "none"))
@@ -118,7 +124,8 @@ class Decoder(nn.Module):
         if c.positions == "learned":
             self.position_embedding = nn.Embedding(c.max_positions + c.position_offset, c.block.width)
             nn.init.normal_(self.position_embedding.weight, std=c.std)
-        self.blocks = nn.ModuleList(Block(c.block) for _ in range(c.layers))
+        make = make_block or (lambda layer: Block(c.block))
+        self.blocks = nn.ModuleList(make(layer) for layer in range(c.layers))
         self.norm = make_norm(c.block.norm, c.block.width, eps=c.block.eps, bias=c.block.norm_bias)
         self.head = None if c.tied else nn.Linear(c.block.width, c.vocab, c.head_bias)
 

@@ -12,6 +12,8 @@ from mmkernels.models.base import Cache as Cache
 from mmkernels.models.base import MultimodalModel as MultimodalModel
 from mmkernels.models.base import Output as Output
 from mmkernels.models.base import Tokens as Tokens
+from mmkernels.models.cogvlm import CogVLM as CogVLM
+from mmkernels.models.cogvlm import CogVLMConfig as CogVLMConfig
 from mmkernels.models.flamingo import Flamingo as Flamingo
 from mmkernels.models.flamingo import FlamingoConfig as FlamingoConfig
 from mmkernels.models.flamingo import flamingo_labels as flamingo_labels
@@ -27,8 +29,9 @@ from mmkernels.models.qwen_vl import QwenVL as QwenVL
 from mmkernels.models.qwen_vl import QwenVLConfig as QwenVLConfig
 from mmkernels.models.stages import Stage as Stage
 
-Config = FlamingoConfig | LlamaVidConfig | Blip2Config | QwenVLConfig
+Config = CogVLMConfig | FlamingoConfig | LlamaVidConfig | Blip2Config | QwenVLConfig
 _FAMILIES = {
+    CogVLMConfig: CogVLM,
     FlamingoConfig: Flamingo,
     LlamaVidConfig: LlamaVid,
     Blip2Config: Blip2,

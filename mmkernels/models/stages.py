@@ -18,7 +18,7 @@ class Stage:
     that no pattern meets have none, nor, unless `decay_vectors`, have those with fewer than two dimensions. The rate rises
     linearly over `warmup` steps (below 1: that share of all steps), then follows `schedule`: "constant", or "cosine" down to
     `floor`. `betas` are AdamW's. Gradients are clipped to norm `clip`. `steps` is the stage's length where the recipe sets one,
-    `image_size` the side of its pictures where that is not the tower's own.
+    `image_size` the side of its pictures where that is not the tower's own. `rates` are shares of the rate by pattern.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Stage:
     floor: float = 0.0
     decay_vectors: bool = True
     image_size: int | None = None
+    rates: Mapping[str, float] = field(default_factory=dict)
 
     def freeze(self, model: nn.Module) -> None:
         """Makes exactly this stage's parameters trainable."""
@@ -48,14 +49,19 @@ class Stage:
             raise ValueError(f"trainable: {', '.join(missing)} meets no parameter of {type(model).__name__}")
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """The trainable parameters for an optimizer, one group for each weight decay."""
-        groups: dict[float, list[nn.Parameter]] = {}
+        """The trainable parameters for an optimizer, one group for each weight decay and share of the rate (`scale`)."""
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 patterns = self.weight_decay if self.decay_vectors or parameter.dim() > 1 else {}
-                decay = next((d for p, d in patterns.items() if fnmatchcase(name, p)), 0.0)
-                groups.setdefault(decay, []).append(parameter)
+                key = (_first(patterns, name, 0.0), _first(self.rates, name, 1.0))
+                groups.setdefault(key, []).append(parameter)
         return [
-            {"params": params, "weight_decay": decay, "lr": self.learning_rate}
-            for decay, params in groups.items()
+            {"params": params, "weight_decay": decay, "lr": self.learning_rate * scale, "scale": scale}
+            for (decay, scale), params in groups.items()
         ]
+
+
+def _first(patterns: Mapping[str, float], name: str, otherwise: float) -> float:
+    """What the first pattern that meets a name gives it."""
+    return next((value for pattern, value in patterns.items() if fnmatchcase(name, pattern)), otherwise)

@@ -8,8 +8,8 @@ from typing import Any
 
 from mmkernels import models
 from mmkernels.data import Dataset, Pairs, Sequences, Tokenizer, Videos
-from mmkernels.models import Blip2Config, FlamingoConfig, LlamaVidConfig, QwenVLConfig, Stage
-from mmkernels.train import qformer, qwen, video
+from mmkernels.models import Blip2Config, CogVLMConfig, FlamingoConfig, LlamaVidConfig, QwenVLConfig, Stage
+from mmkernels.train import cogvlm, qformer, qwen, video
 from mmkernels.train.objectives import Objectives
 
 
@@ -47,6 +47,7 @@ def _videos(dataset: Dataset, tokenizer: Tokenizer, config: LlamaVidConfig, seed
 
 
 _FAMILIES = {
+    CogVLMConfig: Family(cogvlm.grounding, cogvlm.CogVLMObjectives, cogvlm.measure),
     FlamingoConfig: Family(_sequences),
     Blip2Config: Family(_pairs, qformer.QFormerObjectives, qformer.measure),
     LlamaVidConfig: Family(_videos, video.VideoObjectives, video.measure),

@@ -97,6 +97,7 @@ class Trainer:
         """One optimizer step, gradients accumulated over the stage's batches; returns its record. **Raises** Diverged."""
         if self.stage_at(self.step) != self.index:
             self._enter(self.stage_at(self.step))
+            self.objectives.begin(self.stage)
         begun, number = time.perf_counter(), self.step
         rate = learning_rate(self.stage, number - self.start, self.stages[self.index][1])
         losses = {}
@@ -110,7 +111,7 @@ class Trainer:
         if not all(map(math.isfinite, (norm, *losses.values()))):
             raise Diverged(self._obituary(losses, norm))
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("scale", 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
