@@ -100,7 +100,7 @@ COGVLM = {
     ),
     "cogvlm-tiny": CogVLMConfig(
         vision=VisionConfig(
-            image_size=64, patch_size=8, width=96, layers=3, heads=4, hidden=192, activation="gelu", eps=1e-6,
+            image_size=48, patch_size=8, width=96, layers=3, heads=4, hidden=192, activation="gelu", eps=1e-6,
             pre_norm=False, patch_bias=True, keep_class=True, norm_after=True,
         ),
         lm=_TINY_LM,
