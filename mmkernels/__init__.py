@@ -13,6 +13,7 @@ from mmkernels.ops.resampler import latent_attention as latent_attention
 from mmkernels.ops.resampler import qformer_intervals as qformer_intervals
 from mmkernels.ops.visual_expert import expert_mask as expert_mask
 from mmkernels.ops.visual_expert import expert_mlp as expert_mlp
+from mmkernels.ops.visual_expert import expert_qkv as expert_qkv
 from mmkernels.ops.visual_expert import image_positions as image_positions
 from mmkernels.ops.visual_expert import modality_linear as modality_linear
 from mmkernels.primitives._op import backends as backends

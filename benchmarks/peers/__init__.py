@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from benchmarks.peers import grouped
+from benchmarks.peers import grouped, visual_expert
 from benchmarks.peers.attention import CORES
 from mmkernels.ops.gated_cross_attention.cases import block
 from mmkernels.primitives._case import Peer, Room
@@ -14,6 +14,7 @@ PEERS: dict[str, dict[str, Peer]] = {
     "interval_attention": {name: over(core) for name, core in CORES.items()},
     "gated_cross_attention": {name: block(core) for name, core in CORES.items()},
     "grouped_linear": dict(grouped.PEERS),
+    "visual_expert": dict(visual_expert.PEERS),
 }
 FLOORS = grouped.FLOORS
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from mmkernels.layers._published import Table
-from mmkernels.layers.attention import KVCache, Visibility, rotary_table, rotate
+from mmkernels.layers.attention import KVCache, Visibility, rotary_table
 from mmkernels.layers.expert_linear import Expert, ExpertLinear, Shared, check_tokens, route_tokens
 from mmkernels.layers.norm import make_norm
 from mmkernels.layers.visual_expert_tables import attention_table, block_table, mlp_table
-from mmkernels.ops.visual_expert import causal_runs, expert_mlp
+from mmkernels.ops.visual_expert import causal_runs, expert_mlp, expert_qkv
 from mmkernels.primitives import _check
 from mmkernels.primitives.interval_attention import interval_attention
 from mmkernels.primitives.routing import Groups
@@ -123,11 +123,14 @@ class VisualExpertAttention(Expert):
         shared = shared or self.share(x, *_given(token_types, positions), key_mask=key_mask, cache=cache)
         _check.shapes(x=(x, f"B L {self.width}"))
         (b, rows, _), d = x.shape, self.head_dim
-        widths = (self.heads * d, self.kv_heads * d, self.kv_heads * d)
-        qkv = self.qkv(x.reshape(b * rows, self.width), shared.groups).view(b, rows, sum(widths))
-        q, k, v = (t.unflatten(-1, (-1, d)) for t in qkv.split(widths, dim=-1))
         assert shared.seen.rotary is not None
-        q, k = rotate(q, shared.seen.rotary), rotate(k, shared.seen.rotary)
+        cos, sin = (t.reshape(b * rows, d // 2) for t in shared.seen.rotary)
+        text, vision = self.qkv.text, self.qkv.vision
+        q, k, v = expert_qkv(
+            x.reshape(b * rows, self.width), shared.groups, text.weight, vision.weight, text.bias, vision.bias,
+            rotary=(cos, sin), heads=self.heads, kv_heads=self.kv_heads,
+        )  # fmt: skip
+        q, k, v = (t.unflatten(0, (b, rows)) for t in (q, k, v))
         if isinstance(cache, KVCache):
             k, v = cache.append(self.layer, k, v)
         elif cache is not None:
@@ -135,7 +138,7 @@ class VisualExpertAttention(Expert):
             k, v = torch.cat([cache[0], k], 1), torch.cat([cache[1], v], 1)
         q, k_, v_ = (t.transpose(1, 2) for t in (q, k, v))
         o = interval_attention(q, k_, v_, shared.seen.lo, shared.seen.hi)
-        o = o.transpose(1, 2).reshape(b * rows, widths[0])  # type: ignore[union-attr]
+        o = o.transpose(1, 2).reshape(b * rows, self.heads * d)  # type: ignore[union-attr]
         flat = None if residual is None else residual.reshape(b * rows, self.width)
         y = self.out(o, shared.groups, flat).view(b, rows, self.width)
         if not return_cache:

@@ -20,6 +20,7 @@ _INPUTS = (
 )
 _DIFFERENTIABLE = (0, 4, 5, 6, 7)  # places in _INPUTS
 _RESIDUAL = 8
+_TURN = "Tensor? cos, Tensor? sin, "
 
 
 def _fake_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -53,13 +54,13 @@ def _check_forward(x: Tensor, counts: Tensor, gather: Tensor | None, scatter: Te
 
 
 FORWARD = Op(
-    f"modality_linear({_INPUTS}Tensor? residual, str activation, bool keep) -> (Tensor out, Tensor h)",
+    f"modality_linear({_INPUTS}Tensor? residual, {_TURN}int turned, str activation, bool keep) -> (Tensor out, Tensor h)",
     reference.forward,
     fake=_fake_forward,
     check=_check_forward,
 )
 BACKWARD = Op(
-    f"modality_linear_backward(Tensor dout, {_INPUTS}Tensor h, str activation, bool[] needs) -> "
+    f"modality_linear_backward(Tensor dout, {_INPUTS}{_TURN}Tensor h, int turned, str activation, bool[] needs) -> "
     "(Tensor dx, Tensor dw_text, Tensor dw_vision, Tensor db_text, Tensor db_vision)",
     reference.backward,
     fake=_fake_backward,
@@ -67,23 +68,23 @@ BACKWARD = Op(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, residual, ctx.activation, _ = inputs
-    ctx.residual = None if residual is None else residual.dtype
-    ctx.save_for_backward(*tensors, output[1])
+    *tensors, residual, cos, sin, ctx.turned, ctx.activation, _ = inputs
+    ctx.residual = residual is not None
+    ctx.save_for_backward(*tensors, cos, sin, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None] * 11
+    grads: list[Tensor | None] = [None] * 14
     if dout is None:
         return tuple(grads)
     needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
     if any(needs):
-        found = BACKWARD(dout, *ctx.saved_tensors, ctx.activation, needs)
+        found = BACKWARD(dout, *ctx.saved_tensors, ctx.turned, ctx.activation, needs)
         for i, grad, need in zip(_DIFFERENTIABLE, found, needs, strict=True):
             grads[i] = grad if need else None
-    grads[_RESIDUAL] = dout if ctx.residual is not None else None
+    grads[_RESIDUAL] = dout if ctx.residual else None
     return tuple(grads)
 
 
@@ -128,18 +129,9 @@ def modality_linear(
     gather, scatter = None if sorted_input else groups.order, None if sorted_output else groups.order
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     keep = learns and activation is not None
+    weights = (w_text, w_vision, b_text, b_vision)
     return FORWARD(
-        x,
-        groups.counts,
-        gather,
-        scatter,
-        w_text,
-        w_vision,
-        b_text,
-        b_vision,
-        residual,
-        activation or "",
-        keep,
+        x, groups.counts, gather, scatter, *weights, residual, None, None, 0, activation or "", keep
     )[0]
 
 
@@ -176,6 +168,49 @@ def _check_arguments(
     _check.dtypes(_check.FLOATS, x=x, w_text=w_text, w_vision=w_vision, b_text=b_text, b_vision=b_vision)
     _check.dtypes((x.dtype, torch.float32), residual=residual)
     _check.devices(x=x, w_text=w_text, w_vision=w_vision, b_text=b_text, b_vision=b_vision, residual=residual)
+
+
+def expert_qkv(
+    x: Tensor,
+    is_vision: Tensor | Groups,
+    w_text: Tensor,
+    w_vision: Tensor,
+    b_text: Tensor | None = None,
+    b_vision: Tensor | None = None,
+    *,
+    rotary: tuple[Tensor, Tensor],
+    heads: int,
+    kv_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values by the weight of each row's modality, q and k turned to the row's position.
+
+    `[q k v] = modality_linear(x)`; of each head of q and k, halves a and b become `(a cos - b sin, b cos + a sin)`.
+
+    **Shapes** x `[R, C]`; is_vision as in `modality_linear`; weights `[(H + 2 G) D, C]`, rows all q, all k, all v; rotary =
+    (cos, sin), each `[R, D / 2]`. Returns q `[R, H, D]`, k and v `[R, G, D]`, views of one tensor.
+    **Dtypes** as `modality_linear`; the table's is x's: round it first. **Gradient** x, weights, biases.
+    **Edge** as `modality_linear`. **Raises** ValueError for shapes, TypeError for dtypes and devices.
+    **Source** CogVLM (arXiv 2311.03079) section 2.2, RoFormer (arXiv 2104.09864).
+    **Speed** `mmkernels bench --op visual_expert`.
+    """
+    x, w_text, w_vision, b_text, b_vision = _check.autocast(x, w_text, w_vision, b_text, b_vision)  # type: ignore[assignment]
+    _check_arguments((x, w_text, w_vision, b_text, b_vision), None, None)
+    cos, sin = rotary
+    half = _check.shapes(x=(x, "R C"), cos=(cos, "R W"), sin=(sin, "R W"))["W"]
+    _check.dtypes((x.dtype,), cos=cos, sin=sin)
+    _check.positive(heads=heads, kv_heads=kv_heads)
+    if w_text.shape[0] != 2 * half * (heads + 2 * kv_heads):
+        raise ValueError(
+            f"w_text: got {w_text.shape[0]} rows, expected {heads} + 2 * {kv_heads} heads of twice the table's {half} angles"
+        )
+    groups = routed(is_vision, x.shape[0])
+    _check.devices(x=x, is_vision=groups.order, cos=cos, sin=sin)
+    weights = (w_text, w_vision, b_text, b_vision)
+    qkv, _ = FORWARD(
+        x, groups.counts, groups.order, groups.order, *weights, None, cos, sin, heads + kv_heads, "", False
+    )
+    q, k, v = qkv.unflatten(1, (heads + 2 * kv_heads, 2 * half)).split((heads, kv_heads, kv_heads), dim=1)
+    return q, k, v
 
 
 def expert_mlp(

@@ -2,6 +2,7 @@
 
     v[i] = t[i] = 1 and t[i+1] = 1, the last token of a row never                 which tokens are the vision expert's
     h[i] = v[i] ? x[i] w_vision^T + b_vision : x[i] w_text^T + b_text,      out[i] = residual[i] + activation(h[i])
+    or, with a table: the first `turned` heads of h[i] turn, (a, b) -> (a cos[i] - b sin[i], b cos[i] + a sin[i])
 
 Types say 1 for begin, patches and end of an image, so the last of every run of ones goes to the text expert.
 """
@@ -82,6 +83,16 @@ def _products(
     return a, torch.where(_is_text(x, counts), _linear(a, w_text, b_text), _linear(a, w_vision, b_vision))
 
 
+def turn(v: Tensor, cos: Tensor, sin: Tensor, turned: int) -> Tensor:
+    """The first `turned` heads, of twice the table's width, turned half against half by their row's angles; wide."""
+    half = cos.shape[1]
+    heads = v[:, : 2 * half * turned].unflatten(1, (turned, 2, half))
+    a, b = _wide(heads[:, :, 0]), _wide(heads[:, :, 1])
+    c, s = (_wide(t).unsqueeze(1) for t in (cos, sin))
+    found = torch.stack([a * c - b * s, b * c + a * s], 2).flatten(1)
+    return torch.cat([found, _wide(v[:, 2 * half * turned :])], 1)
+
+
 def forward(
     x: Tensor,
     counts: Tensor,
@@ -92,6 +103,9 @@ def forward(
     b_text: Tensor | None,
     b_vision: Tensor | None,
     residual: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    turned: int,
     activation: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -100,6 +114,8 @@ def forward(
     v = grouped.activate(h, activation)
     if scatter is not None:
         v = torch.zeros_like(v).index_copy(0, scatter.long(), v)
+    if cos is not None and sin is not None:
+        v = turn(v, cos, sin, turned)
     if residual is not None:
         v = v + residual.to(v.dtype)
     out = v.to(x.dtype if residual is None else residual.dtype).contiguous()
@@ -116,12 +132,17 @@ def backward(
     w_vision: Tensor,
     b_text: Tensor | None,
     b_vision: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
     h: Tensor,
+    turned: int,
     activation: str,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     """dx, dw_text, dw_vision, db_text, db_vision; [0] for one that nobody `needs`. The law computes h again."""
     a, h = _products(x, counts, gather, w_text, w_vision, b_text, b_vision)
+    if cos is not None and sin is not None:
+        dout = turn(dout, cos, -sin, turned)
     do = _wide(dout if scatter is None else dout[scatter.long()])
     dh, text = grouped.activate_backward(do, h, activation), _is_text(x, counts)
     dx = torch.where(text, dh @ _wide(w_text), dh @ _wide(w_vision))

@@ -126,16 +126,21 @@ def forward(
     activation: str,
     rows: int,
     keep: bool,
+    *,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The operator grouped_linear: out, h."""
+    """The operator grouped_linear: out, h. Given `into`, only the rows reached are written, to these."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     w = weights_of(x, weight, bias, lora_a, lora_b)
     kept = plan((x.shape[0], rows), counts, gather, scatter, lora_counts)
     m, n = x.shape[0] if gather is None else gather.shape[0], weight.shape[1]
     width = n // 2 if activation == "swiglu" else n
-    make = torch.empty if kept.used == rows else torch.zeros
-    out = make((rows, width), dtype=x.dtype if residual is None else residual.dtype)
-    h = (torch.empty if kept.used == m else torch.zeros)((m if keep else 0, n), dtype=x.dtype)
+    if into is None:
+        make = torch.empty if kept.used == rows else torch.zeros
+        out = make((rows, width), dtype=x.dtype if residual is None else residual.dtype)
+        h = (torch.empty if kept.used == m else torch.zeros)((m if keep else 0, n), dtype=x.dtype)
+    else:
+        out, h = into
     index = None if kept.read is None else torch.from_numpy(kept.read.astype(np.int32))
     for piece in pieces(kept, few_of(x), CHUNK):
         at, to = (place(i, piece.start, piece.stop) for i in (kept.at, kept.write))

@@ -55,8 +55,13 @@ def backward(
     activation: str,
     rows: int,
     needs: list[bool],
+    *,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """The operator grouped_linear_backward: dx, dweight, dbias, drow_scale, dresidual, dlora_a, dlora_b."""
+    """The operator grouped_linear_backward: dx, dweight, dbias, drow_scale, dresidual, dlora_a, dlora_b.
+
+    Given `into`, dx is written there, in the rows that are read, none of them twice.
+    """
     if (activation or row_scale is not None) and not len(h):
         first = (x, weight, counts, gather, scatter, bias, None, None, lora_a, lora_b, lora_counts)
         h = forward(*first, "", rows, True)[1]
@@ -64,7 +69,10 @@ def backward(
     w = weights_of(x, weight, bias, lora_a, lora_b)
     kept = plan((x.shape[0], rows), counts, gather, scatter, lora_counts)
     inputs = (x, weight, bias, row_scale, residual, lora_a, lora_b)
-    grads = _empty_grads(inputs, needs, kept, rows)
+    own = needs if into is None else [False, *needs[1:]]
+    grads = _empty_grads(inputs, own, kept, rows)
+    if into is not None and needs[0]:
+        grads.x = into
     for piece in pieces(kept, 0, CHUNK):
         dh = _epilogue(dout, h, row_scale, kept, piece, activation, grads)
         da = _through_weight(dh, w, kept, piece, grads)

@@ -54,7 +54,7 @@ def _pad(n: int, least: int = 16) -> int:
     return max(least, triton.next_power_of_2(n))
 
 
-def _precision(x: Tensor) -> str:
+def precision(x: Tensor) -> str:
     """float32 as six bfloat16 products; the interpreter's float32 is float32."""
     return "tf32" if x.dtype != torch.float32 else "bf16x6" if x.is_cuda else "ieee"
 
@@ -68,7 +68,7 @@ def _tile(table: tuple[Tile, ...], rows: int, groups: int, n: int, units: int) -
     return next(enough, fits[-1] if fits else least)
 
 
-def _multiply(
+def multiply(
     x: Tensor,
     w: tuple[Tensor, tuple[int, int, int], int],
     counts: Tensor,
@@ -91,7 +91,7 @@ def _multiply(
         x.stride(0), *strides, *b_strides, res_r,
         len(counts), len(x), rows, len(out), n, c, s, r, finish.half,
         EP=_pad(len(counts)), SP=_pad(s), RP=_pad(r), M=m, NB=nb, K=k,
-        ACTIVATION=finish.activation, PRECISION=_precision(x), GROUPED=SWIZZLE, num_warps=warps, num_stages=stages,
+        ACTIVATION=finish.activation, PRECISION=precision(x), GROUPED=SWIZZLE, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def _through(x: Tensor, weight: Tensor, counts: Tensor, read: Tensor | None, row
     width = weight.shape[2] if back else weight.shape[1]
     out = x.new_empty((rows, width))
     strides = (e, c, n) if back else (e, n, c)
-    _multiply(x, (weight, strides, width), counts, (read, None, rows), out, Finish())
+    multiply(x, (weight, strides, width), counts, (read, None, rows), out, Finish())
     return out
 
 
@@ -144,7 +144,7 @@ def forward(
         if lora_a is not None and lora_b is not None and lora_counts is not None:
             t = _through(x, lora_a, lora_counts.contiguous(), gather, m, back=False)
             lora = Lora(t, lora_b, lora_b.stride())  # type: ignore[arg-type]
-        _multiply(
+        multiply(
             x, (weight, weight.stride(), n), counts, (gather, scatter, m), out, finish, lora, _ends(lora_counts, m)  # type: ignore[arg-type]
         )  # fmt: skip
     return out, h
@@ -183,16 +183,16 @@ def backward(
     x, counts = _triton.unit_rows(x), counts.contiguous()
     with torch.cuda.device_of(x):
         places = _contiguous(row_scale, counts, gather, scatter)
-        dh, source = _epilogue_backward(dout, x, h, places, activation, grads)
+        dh, source = epilogue_backward(dout, x, h, places, activation, grads)
         lora = (lora_a, lora_b, lora_counts) if lora_a is not None else None
         _input_grads(dh, x, weight, counts, source, lora, grads, gather is not None)
         if needs[1] or needs[2]:
             dweight = grads[1] if needs[1] else weight.new_empty(weight.shape)
-            _weight_grad(dh, x, counts, source, (dweight, grads[2] if needs[2] else None), gathered=True)
+            weight_grad(dh, x, counts, source, (dweight, grads[2] if needs[2] else None), gathered=True)
     return tuple(grads)
 
 
-def _epilogue_backward(
+def epilogue_backward(
     dout: Tensor, x: Tensor, h: Tensor, places: tuple[Any, ...], activation: str, grads: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """dh [M, N] in x's dtype and the row of x that each row reads; fills the gradients of row_scale and residual."""
@@ -227,16 +227,16 @@ def _input_grads(
         dt = _through(dh, b, segments, None, m, back=True)
         extra, ends = Lora(dt, a, (a.stride(0), a.stride(2), a.stride(1))), _ends(segments, m)
         if grads[5].numel():
-            _weight_grad(dt, x, segments, source, (grads[5], None), gathered=True)
+            weight_grad(dt, x, segments, source, (grads[5], None), gathered=True)
         if grads[6].numel():
             t = _through(x, a, segments, source, m, back=False)
-            _weight_grad(dh, t, segments, source, (grads[6], None), gathered=False)
+            weight_grad(dh, t, segments, source, (grads[6], None), gathered=False)
     if not grads[0].numel():
         return
     e, n, c = weight.stride()
     da = x.new_empty((m, x.shape[1]), dtype=torch.float32) if gathered else grads[0]
     back = (weight, (e, c, n), x.shape[1])
-    _multiply(dh, back, counts, (None, None, m), da, Finish(), extra, ends)
+    multiply(dh, back, counts, (None, None, m), da, Finish(), extra, ends)
     if gathered:
         _add_rows(da, source, grads[0])
 
@@ -249,7 +249,7 @@ def _add_rows(da: Tensor, source: Tensor, dx: Tensor) -> None:
     _backward.add_rows[(len(dx) * triton.cdiv(c, nb),)](da, found.indices, starts, dx, c, NB=nb, num_warps=4)
 
 
-def _weight_grad(
+def weight_grad(
     dy: Tensor,
     x: Tensor,
     counts: Tensor,
@@ -272,7 +272,7 @@ def _weight_grad(
     )
     _backward.weight_backward[(programs * splits,)](
         dy, x, counts, source, part, bias_part, dy.stride(0), x.stride(0), e, rows, n, c,
-        EP=_pad(e), M=m, NB=nb, KB=kb, SPLITS=splits, GATHERED=gathered, PRECISION=_precision(x),
+        EP=_pad(e), M=m, NB=nb, KB=kb, SPLITS=splits, GATHERED=gathered, PRECISION=precision(x),
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
