@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from mmkernels.layers import eva_table
 from mmkernels.layers._published import Rule, Table
-from mmkernels.layers.attention import KVCache
-from mmkernels.layers.decoder import Decoder, DecoderConfig
+from mmkernels.layers.attention import KVCache, Visibility
+from mmkernels.layers.decoder import Block, Decoder, DecoderConfig
 from mmkernels.layers.decoder_tables import embedding_rules
 from mmkernels.layers.expert_linear import Shared
 from mmkernels.layers.projector import Projector
@@ -49,12 +50,20 @@ class CogVLMConfig:
         return self.vision.patches // (4 if self.conv else 1) + 2
 
 
+class Types(NamedTuple):
+    """types int64 `[B, T]`, 1 at the places of images; `plain` when there are none, nor were any before."""
+
+    types: Tensor
+    plain: bool
+
+
 class CogVLM(MultimodalModel):
     """See `CogVLMConfig`. The text is `[begin] [image places] words`; places hold `tokens.image`, and an image's tokens take
     them in order. All patches of an image share one position; everything is causal.
 
     Places decide the experts (`layers.expert_mask`) and the positions (`layers.image_positions`): where images touch they
-    count as one, as in the published code. Vision experts start as copies of the text's weights.
+    count as one, as in the published code. Vision experts start as copies of the text's weights. Texts without images run
+    through the language model's own blocks, so their outputs are its own bit for bit.
     """
 
     sources = ("cogvlm", "cogvlm2", "cogvlm_sat")
@@ -68,6 +77,8 @@ class CogVLM(MultimodalModel):
         )
         self.lm = Decoder(lm, make_block=self._make_block)
         self.copy_text_to_vision()
+        with torch.device("meta"):
+            self._plain = (Block(lm.block),)  # in a tuple: it has no parameters of its own
         config.stages[-1].freeze(self)
 
     def _make_block(self, layer: int) -> VisualExpertBlock:
@@ -107,18 +118,26 @@ class CogVLM(MultimodalModel):
         x = self.vision(images.flatten(0, 1)).to(self.projector.input.weight.dtype)
         return self.projector(x).unflatten(0, (size["B"], size["I"]))
 
-    def condition(self, input_ids: Tensor, media: Tensor | None, cache: Cache | None) -> Tensor:
-        """Token types int64 `[B, T]`: 1 at the places of images, none of which a sequence that goes on without images has."""
+    def condition(self, input_ids: Tensor, media: Tensor | None, cache: Cache | None) -> Types:
+        """See `Types`. A sequence that goes on without new images has no places of any."""
         width = self.config.lm.block.width
         images = 0
         if media is not None:
             shape = f"B I {self.config.places} {width}"
             images = _check.shapes(input_ids=(input_ids, "B T"), media=(media, shape))["I"]
-        if not images and cache is not None and cache.text.length:
-            return torch.zeros_like(input_ids, dtype=torch.int64)
+        goes_on = cache is not None and cache.text.length > 0
+        plain = not images and not (goes_on and cache.media["images"]) and not self._experts_learn()
+        if goes_on and not images:
+            return Types(torch.zeros_like(input_ids, dtype=torch.int64), plain)
         place = input_ids == self.tokens.image
         self._check_places(place, images)
-        return place.long()
+        return Types(place.long(), plain)
+
+    def _experts_learn(self) -> bool:
+        """Whether vision experts get gradients, of which they have zeros, not none, from a batch without images."""
+        return torch.is_grad_enabled() and any(
+            p.requires_grad for name, p in self.lm.named_parameters() if ".vision." in name
+        )
 
     def _check_places(self, place: Tensor, images: int) -> None:
         if place.device.type != "cpu" or torch.compiler.is_compiling():
@@ -141,24 +160,31 @@ class CogVLM(MultimodalModel):
         return fill_places(x, place, media.flatten(1, 2))
 
     def place(
-        self, x: Tensor, attention_mask: Tensor | None, cache: Cache | None, condition: Tensor
-    ) -> tuple[Tensor, Shared]:
+        self, x: Tensor, attention_mask: Tensor | None, cache: Cache | None, condition: Types
+    ) -> tuple[Tensor, Shared | Visibility]:
         """Positions are made of the whole row: a sequence that goes on remembers the types of its tokens, and its padding."""
-        types, mask = condition, attention_mask
+        types, mask = condition.types, attention_mask
         if cache is not None:
             kept: dict[str, Any] = cache.media
             if cache.text.length:
                 mask = torch.ones_like(types, dtype=torch.bool) if mask is None else mask
                 types, mask = torch.cat([kept["types"], types], 1), torch.cat([kept["mask"], mask], 1)
-            kept["types"] = types
+            kept["types"], kept["images"] = types, not condition.plain
             kept["mask"] = torch.ones_like(types, dtype=torch.bool) if mask is None else mask
         positions = image_positions(types, mask)[:, -x.shape[1] :]
         first: Any = self.lm.blocks[0]
         text = None if cache is None else cache.text
-        return x, first.attention.share(x, condition, positions, key_mask=mask, cache=text)
+        shared = first.attention.share(x, condition.types, positions, key_mask=mask, cache=text)
+        return x, shared.seen if condition.plain else shared
 
-    def block(self, index: int, x: Tensor, seen: Shared, cache: KVCache | None) -> Tensor:
-        return self.lm.blocks[index](x, cache=cache, shared=seen)
+    def block(self, index: int, x: Tensor, seen: Shared | Visibility, cache: KVCache | None) -> Tensor:
+        block = self.lm.blocks[index]
+        if isinstance(seen, Shared):
+            return block(x, cache=cache, shared=seen)
+        own: dict[str, Tensor] = {
+            n.replace(".text.", "."): p for n, p in block.named_parameters() if ".vision." not in n
+        }
+        return functional_call(self._plain[0], own, (x, seen, cache, index))
 
     def _check(self, ids: Tensor, mask: Tensor | None, labels: Tensor | None, cache: Cache | None) -> None:
         known = ids
