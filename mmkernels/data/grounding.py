@@ -27,7 +27,10 @@ QUESTION = "where is {}?"
 OBJECTS = 2  # in a scene that is asked about
 SIDES = (0.3, 0.5)  # of an object, as shares of the canvas
 _CANVASES = ("brick", "camera", "grass", "gravel", "ihc", "moon")  # of scikit-image
-_CAPTIONS, _BOXES, _ECHOES, _SCENES, _HELD_CAPTIONS, _HELD_BOXES = range(40, 46)  # streams of random numbers
+_CAPTIONS, _BOXES, _ECHOES, _SCENES, _HELD_CAPTIONS, _HELD_BOXES, _GUESSES = range(
+    40, 47
+)  # streams of random numbers
+_GUESSED = 512  # scenes of the mean box
 _NUMBER = r"(\d{3})"
 _BOX = re.compile(",".join([_NUMBER] * 4))
 _LIST = re.compile(r"\[\[([\d,;]*)\]\]")
@@ -143,6 +146,11 @@ class Grounding(Sequences):
             rows.append((head, answer, captions[asked], boxes[asked]))
         return self._batch(torch.zeros(batch, 0, 3, self.size, self.size), rows)
 
+    def mean_box(self) -> Tensor:
+        """`[4]` the mean of the boxes of many scenes: the best guess of those who do not look."""
+        rng = self._rng(_GUESSES, 0)
+        return torch.tensor([box for _ in range(_GUESSED) for box in self._placed(rng, OBJECTS)]).mean(0)
+
     def scene(self, rng: np.random.Generator, count: int = OBJECTS, *, held_out: bool = False) -> Scene:
         """A canvas with `count` objects of different captions, no one over another."""
         canvas = self._canvases[int(rng.integers(len(self._canvases)))]
@@ -164,11 +172,9 @@ class Grounding(Sequences):
         while True:
             sides = rng.integers(low, high + 1, size=(count, 2))
             corners = rng.integers(0, self.size - sides + 1)
-            pixels = np.concatenate([corners, corners + sides], 1)
-            boxes = torch.from_numpy(pixels)
-            pairs = [(i, j) for i in range(count) for j in range(i)]
-            if not any(bool(iou(boxes[i].double(), boxes[j].double()) > 0) for i, j in pairs):
-                return [tuple(box) for box in (pixels / self.size).tolist()]
+            boxes = np.concatenate([corners, corners + sides], 1)
+            if not any(_touch(boxes[i], boxes[j]) for i in range(count) for j in range(i)):
+                return [tuple(box) for box in (boxes / self.size).tolist()]
 
     def _task(self, caption: int, box: Box | None) -> tuple[list[int], list[int]]:
         """A question and its answer: where something is, or, without a box, what it is, which needs no question."""
@@ -205,6 +211,10 @@ class Grounding(Sequences):
         captions, boxes = torch.tensor([row[2] for row in rows]), torch.tensor([row[3] for row in rows])
         mask = place < answers[:, 1:]
         return SceneBatch(pixels, ids, mask, answers, captions, torch.where(replied, ids, -100), boxes)
+
+
+def _touch(a: NDArray[np.int64], b: NDArray[np.int64]) -> bool:
+    return bool((np.maximum(a[:2], b[:2]) < np.minimum(a[2:], b[2:])).all())
 
 
 @functools.cache

@@ -125,9 +125,9 @@ class CogVLM(MultimodalModel):
         if media is not None:
             shape = f"B I {self.config.places} {width}"
             images = _check.shapes(input_ids=(input_ids, "B T"), media=(media, shape))["I"]
-        goes_on = cache is not None and cache.text.length > 0
-        plain = not images and not (goes_on and cache.media["images"]) and not self._experts_learn()
-        if goes_on and not images:
+        before: dict[str, Any] = cache.media if cache is not None and cache.text.length else {}
+        plain = not images and not before.get("images") and not self._experts_learn()
+        if before and not images:
             return Types(torch.zeros_like(input_ids, dtype=torch.int64), plain)
         place = input_ids == self.tokens.image
         self._check_places(place, images)

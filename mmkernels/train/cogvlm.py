@@ -15,7 +15,6 @@ from mmkernels.train.evaluate import evaluating, shuffle
 from mmkernels.train.objectives import Objectives
 
 HELD_OUT, _BATCH = 256, 64  # scenes that are tried when a stage with boxes ends, and at a time
-_GUESSED = 512  # training scenes whose mean box is the guess that the model is compared with
 
 
 def grounding(dataset: Dataset, tokenizer: Tokenizer, config: CogVLMConfig, seed: int) -> Grounding:
@@ -99,11 +98,6 @@ def found(model: Any, sequences: Any, batch: SceneBatch, images: Tensor) -> list
     return [boxes_in(sequences.tokenizer.decode(answer)) for answer in answers]
 
 
-def guess(sequences: Any) -> Tensor:
-    """`[4]` the mean box of training scenes: the best that can be said without looking."""
-    return sequences.scenes(0, _GUESSED)[2].flatten(0, 1).mean(0)
-
-
 def measure(model: Any, sequences: Any, stage: Stage) -> dict[str, Any]:
     """After a stage that learns boxes: intersection over union with the held-out truth, 0 where no box is written."""
     if "boxes" not in stage.losses:
@@ -113,7 +107,7 @@ def measure(model: Any, sequences: Any, stage: Stage) -> dict[str, Any]:
         "mean IoU, pictures shuffled": [],
         "mean IoU of the mean box": [],
     }
-    written, mean = 0, guess(sequences)
+    written, mean = 0, sequences.mean_box()
     with evaluating(model):
         for number in range(-(-HELD_OUT // _BATCH)):
             batch = sequences.held_out_boxes(number, min(_BATCH, HELD_OUT - number * _BATCH))

@@ -54,6 +54,11 @@ def test_objects_are_where_their_boxes_say(grounding, monkeypatch):
     assert np.ptp(np.array(corners), axis=0).min() > 24
 
 
+def test_the_mean_box_is_the_middle(grounding):
+    torch.testing.assert_close(grounding.mean_box(), torch.tensor([0.3, 0.3, 0.7, 0.7]), atol=0.03, rtol=0)
+    assert torch.equal(grounding.mean_box(), grounding.mean_box())
+
+
 def test_held_out_scenes_are_of_held_out_pictures(grounding, monkeypatch):
     seen = []
     draw, cut = type(grounding.dataset).draw, data.grounding.view
