@@ -9,6 +9,8 @@ from collections.abc import Callable
 from mmkernels.data import digits, stamps
 from mmkernels.data.dataset import Dataset as Dataset
 from mmkernels.data.dialogues import Dialogues as Dialogues
+from mmkernels.data.grounding import Grounding as Grounding
+from mmkernels.data.grounding import SceneBatch as SceneBatch
 from mmkernels.data.images import ImageError as ImageError
 from mmkernels.data.mixtures import Mixtures as Mixtures
 from mmkernels.data.pairs import Pairs as Pairs

@@ -18,7 +18,7 @@ from mmkernels.data.frames import MAX_FRAMES
 from mmkernels.data.pairs import INSTRUCTIONS
 from mmkernels.data.sequences import MAX_IMAGES
 from mmkernels.data.tokenizer import IMAGE
-from mmkernels.models import Lavin, LlamaVid, MultimodalModel, QwenVL, weights
+from mmkernels.models import CogVLM, Lavin, LlamaVid, MultimodalModel, QwenVL, weights
 from mmkernels.models.qformer import Instruction
 from mmkernels.models.qwen_text import chat_prompt
 
@@ -72,7 +72,7 @@ class Captioner:
         return self.tokenizer.decode(answer[0].tolist()).strip()
 
     def _frames(self, frames: int) -> int:
-        if isinstance(self.model, Lavin | QwenVL):
+        if isinstance(self.model, CogVLM | Lavin | QwenVL):
             raise ValueError("video: got one for a model of pictures, expected pictures")
         if not 1 <= frames <= MAX_FRAMES:
             raise ValueError(f"video: got {frames} frames, expected 1 to {MAX_FRAMES}")

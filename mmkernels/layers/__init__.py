@@ -15,6 +15,7 @@ from mmkernels.layers.modality_adapter import AdapterConfig as AdapterConfig
 from mmkernels.layers.modality_adapter import ModalityAdapter as ModalityAdapter
 from mmkernels.layers.positions import interpolate_positions as interpolate_positions
 from mmkernels.layers.positions import sincos_positions as sincos_positions
+from mmkernels.layers.projector import Projector as Projector
 from mmkernels.layers.qformer import QFormer as QFormer
 from mmkernels.layers.qformer_layer import QFormerConfig as QFormerConfig
 from mmkernels.layers.qwen_resampler import QwenResampler as QwenResampler

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ class BlockConfig:
     """A pre-norm transformer block: `x += attention(norm(x)); x += mlp(norm(x))`, or both from one norm when `parallel`.
 
     With an `adapter` it stands before the attention. Training drops each of a sequence's two sums with probability `drop_path`.
+    With `norm_after` the residual is outside of the norm: `x += norm(attention(x)); x += norm(mlp(x))`.
     """
 
     width: int
@@ -40,6 +42,7 @@ class BlockConfig:
     parallel: bool = False
     adapter: AdapterConfig | None = None
     drop_path: float = 0.0
+    norm_after: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class Block(nn.Module):
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         c = self.config = config
+        if c.parallel and c.norm_after:
+            raise ValueError("norm_after: got True beside parallel, expected at most one of them")
         self.attention_norm = make_norm(c.norm, c.width, eps=c.eps, bias=c.norm_bias)
         self.attention = SelfAttention(
             c.width, c.heads, kv_heads=c.kv_heads, head_dim=c.head_dim, qkv_bias=c.qkv_bias, out_bias=c.out_bias,
@@ -83,6 +88,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, seen: Visibility, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         """x `[B, T, C]` -> the same shape; with a cache the T rows continue what `layer` has stored."""
+        if self.config.norm_after and self.mlp_norm is not None:
+            x = x + self.attention_norm(self.attention(x, seen, cache, layer))
+            return x + self.mlp_norm(self.mlp(x))
         normed = self.attention_norm(x)
         adapted = normed
         if self.adapter is not None and self.config.adapter is not None:
@@ -113,12 +121,17 @@ class Decoder(nn.Module):
     `special` are token ids whose embedding rows live apart, in `special_rows`, and can be trained while the table is frozen:
     the frozen table is then never touched by an optimizer, not even by its weight decay. With a tied head they answer for
     these tokens' logits too. Published weights load with the names of `sources`; Mistral, Yi, InternLM, StableLM and
-    Qwen2 files are laid out as "llama".
+    Qwen2 files are laid out as "llama". `make_block(layer)` makes other blocks than `config.block` describes.
     """
 
     sources = tuple(LAYOUTS)
 
-    def __init__(self, config: DecoderConfig, special: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        special: tuple[int, ...] = (),
+        make_block: Callable[[int], nn.Module] | None = None,
+    ) -> None:
         super().__init__()
         c = self.config = config
         _check.choice("positions", c.positions, ("alibi", "rotary", "learned", "none"))
@@ -132,7 +145,8 @@ class Decoder(nn.Module):
         if c.positions == "learned":
             self.position_embedding = nn.Embedding(c.max_positions + c.position_offset, c.block.width)
             nn.init.normal_(self.position_embedding.weight, std=c.std)
-        self.blocks = nn.ModuleList(Block(c.block) for _ in range(c.layers))
+        make = make_block or (lambda layer: Block(c.block))
+        self.blocks = nn.ModuleList(make(layer) for layer in range(c.layers))
         self.norm = make_norm(c.block.norm, c.block.width, eps=c.block.eps, bias=c.block.norm_bias)
         self.head = None if c.tied else nn.Linear(c.block.width, c.vocab, c.head_bias)
 

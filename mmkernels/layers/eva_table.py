@@ -1,4 +1,4 @@
-"""Where EVA-CLIP's file, as BLIP-2 and LLaMA-VID release it, keeps the tower's parameters."""
+"""Where EVA-CLIP's files keep the tower's parameters: as BLIP-2 and LLaMA-VID release it, and inside of CogVLM."""
 
 from __future__ import annotations
 
@@ -54,3 +54,47 @@ _EVA = Table(
     ),
     ignored=(r"(norm|fc_norm|head)\..*", r"blocks\.39\..*"),  # what follows the block that is read
 )
+_COGVLM_BLOCK = {
+    "attention_norm": "input_layernorm", r"attention\.qkv": "attention.query_key_value",
+    r"attention\.out": "attention.dense", "mlp_norm": "post_attention_layernorm",
+}  # fmt: skip
+
+
+def _cogvlm(within: str, up: str, down: str, *stem: Rule) -> Table:
+    """The tower in CogVLM's files: `stem` in front of the blocks, which are named alike."""
+    inside = {**_COGVLM_BLOCK, r"mlp\.up": f"mlp.{up}", r"mlp\.down": f"mlp.{down}"}
+    blocks = (
+        Rule(rf"blocks\.(\d+)\.{ours}\.(\w+)", (f"transformer.layers.{{0}}.{theirs}.{{1}}",))
+        for ours, theirs in inside.items()
+    )
+    return Table((*stem, *blocks), within=within)
+
+
+def _patch(at: str) -> tuple[Rule, Rule]:
+    return (
+        Rule(r"patch\.weight", (f"{at}proj.weight",), lambda t: t.flatten(1)),
+        Rule(r"patch\.bias", (f"{at}proj.bias",)),
+    )
+
+
+COGVLM = _cogvlm(
+    "model.vision.", "fc1", "fc2",
+    *_patch("patch_embedding."),
+    Rule("class_token", ("patch_embedding.cls_embedding",), lambda t: t.flatten()),
+    Rule("positions", ("patch_embedding.position_embedding.weight",)),
+)  # fmt: skip
+COGVLM_SAT = _cogvlm(
+    "mixins.eva.vit_model.", "dense_h_to_4h", "dense_4h_to_h",
+    *_patch("mixins.patch_embedding."),
+    Rule("class_token", ("transformer.word_embeddings.weight",), lambda t: t[0]),
+    Rule("positions", ("transformer.position_embeddings.weight",)),
+)  # fmt: skip
+
+
+def eva_e_table(patches: int) -> Table:
+    """EVA-E: Hugging Face's layout, that of CogVLM's training code, or EVA-CLIP's own, whichever a file has."""
+    return Table(
+        COGVLM.rules + COGVLM_SAT.rules + eva_table(patches).rules,
+        ignored=(r"(norm|fc_norm|head)\..*", r"blocks\.63\..*", r"(linear_proj|conv)\..*", "boi", "eoi"),
+        within=COGVLM.within,
+    )

@@ -12,7 +12,7 @@ from mmkernels.layers._published import Rule, Table
 from mmkernels.layers.attention import Visibility
 from mmkernels.layers.decoder import Block, BlockConfig
 from mmkernels.layers.decoder_tables import heads_last
-from mmkernels.layers.eva_table import eva_table
+from mmkernels.layers.eva_table import eva_e_table, eva_table
 from mmkernels.layers.modality_adapter import AdapterConfig, adapters_table
 from mmkernels.layers.positions import interpolate_positions
 from mmkernels.primitives import _check
@@ -25,7 +25,7 @@ class VisionConfig:
     `post_norm` also norms the patches that come out. `class_token=False` leaves it out. With `any_size` images may have other
     sizes, whole patches each way: the positions are stretched to them. EVA has no `pre_norm`, a `patch_bias`, and hands on its
     class token (`keep_class`). LaVIN has an `adapter` in every block and takes the class token alone, after every
-    `class_every` blocks.
+    `class_every` blocks. `norm_after` is `BlockConfig`'s.
     """
 
     image_size: int
@@ -44,6 +44,7 @@ class VisionConfig:
     keep_class: bool = False
     adapter: AdapterConfig | None = None
     class_every: int | None = None
+    norm_after: bool = False
 
     @property
     def patches(self) -> int:
@@ -58,6 +59,11 @@ VIT_BIGG = VisionConfig(
 EVA_G = VisionConfig(
     image_size=224, patch_size=14, width=1408, layers=39, heads=16, hidden=6144, activation="gelu", eps=1e-6,
     pre_norm=False, patch_bias=True, keep_class=True,
+)  # fmt: skip
+
+EVA_E = VisionConfig(  # its last layer, the 64th, is dropped
+    image_size=224, patch_size=14, width=1792, layers=63, heads=16, hidden=15_360, activation="gelu", eps=1e-6,
+    pre_norm=False, patch_bias=True, keep_class=True, norm_after=True,
 )  # fmt: skip
 
 
@@ -78,7 +84,15 @@ class VisionTower(nn.Module):
         self.class_token = nn.Parameter(torch.randn(c.width) * c.width**-0.5) if c.class_token else None
         self.positions = nn.Parameter(torch.randn(c.patches + c.class_token, c.width) * c.width**-0.5)
         self.pre_norm = nn.LayerNorm(c.width, c.eps) if c.pre_norm else None
-        block = BlockConfig(c.width, c.heads, c.hidden, activation=c.activation, eps=c.eps, adapter=c.adapter)
+        block = BlockConfig(
+            c.width,
+            c.heads,
+            c.hidden,
+            activation=c.activation,
+            eps=c.eps,
+            norm_after=c.norm_after,
+            adapter=c.adapter,
+        )
         self.blocks = nn.ModuleList(Block(block) for _ in range(c.layers))
         self.post_norm = nn.LayerNorm(c.width, c.eps) if c.post_norm else None
 
@@ -146,7 +160,7 @@ class VisionTower(nn.Module):
             adapters = adapters_table(self.blocks, source, "transformer.resblocks")
             return replace(_OPEN_CLIP + adapters, within="backbone.visual.")
         if source == "eva":
-            return eva_table(self.config.patches)
+            return (eva_e_table if self.config.norm_after else eva_table)(self.config.patches)
         return {"huggingface_clip": _HUGGINGFACE, "open_clip": _OPEN_CLIP}[source]
 
 

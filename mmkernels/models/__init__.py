@@ -12,6 +12,8 @@ from mmkernels.models.base import Cache as Cache
 from mmkernels.models.base import MultimodalModel as MultimodalModel
 from mmkernels.models.base import Output as Output
 from mmkernels.models.base import Tokens as Tokens
+from mmkernels.models.cogvlm import CogVLM as CogVLM
+from mmkernels.models.cogvlm import CogVLMConfig as CogVLMConfig
 from mmkernels.models.flamingo import Flamingo as Flamingo
 from mmkernels.models.flamingo import FlamingoConfig as FlamingoConfig
 from mmkernels.models.flamingo import flamingo_labels as flamingo_labels
@@ -29,8 +31,17 @@ from mmkernels.models.qwen_vl import QwenVL as QwenVL
 from mmkernels.models.qwen_vl import QwenVLConfig as QwenVLConfig
 from mmkernels.models.stages import Stage as Stage
 
-Config = FlamingoConfig | LavinConfig | LlamaVidConfig | Blip2Config | Blip2Seq2SeqConfig | QwenVLConfig
+Config = (
+    Blip2Config
+    | Blip2Seq2SeqConfig
+    | CogVLMConfig
+    | FlamingoConfig
+    | LavinConfig
+    | LlamaVidConfig
+    | QwenVLConfig
+)
 _FAMILIES = {
+    CogVLMConfig: CogVLM,
     FlamingoConfig: Flamingo,
     LavinConfig: Lavin,
     LlamaVidConfig: LlamaVid,

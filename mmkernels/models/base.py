@@ -70,6 +70,17 @@ class MultimodalModel(nn.Module):
     def condition(self, input_ids: Tensor, media: Tensor | None, cache: Cache | None) -> Any:
         """Prepares what the blocks' neighbours need of the media, once for all layers."""
 
+    def place(
+        self, x: Tensor, attention_mask: Tensor | None, cache: Cache | None, condition: Any
+    ) -> tuple[Tensor, Any]:
+        """Tokens at their positions, and what all blocks share of these."""
+        text = None if cache is None else cache.text
+        positions = self.lm.positions(attention_mask, (x.shape[0], x.shape[1]), text)
+        return self.lm.add_positions(x, positions), self.lm.visibility(attention_mask, positions, text)
+
+    def block(self, index: int, x: Tensor, seen: Any, cache: KVCache | None) -> Tensor:
+        return self.lm.blocks[index](x, seen, cache, index)
+
     def before_block(self, index: int, x: Tensor, condition: Any) -> Tensor:
         return x
 
@@ -108,20 +119,25 @@ class MultimodalModel(nn.Module):
         text = None if cache is None else cache.text
         if text is not None and text.length == 0 and attention_mask is not None:
             text.start.copy_(attention_mask.to(torch.int8).argmax(1))
-        shape = (input_ids.shape[0], input_ids.shape[1])
-        positions = self.lm.positions(attention_mask, shape, text)
-        seen = self.lm.visibility(attention_mask, positions, text)
         condition = self.condition(input_ids, media, cache)
-        x = self.lm.add_positions(self.embed(input_ids, media), positions)
-        for index, block in enumerate(self.lm.blocks):
+        x, seen = self.place(self.embed(input_ids, media), attention_mask, cache, condition)
+        for index in range(len(self.lm.blocks)):
             x = self.before_block(index, x, condition)
-            x = block(x, seen, text, index)
+            x = self.block(index, x, seen, text)
             x = self.after_block(index, x, condition)
         if text is not None:
-            text.length += shape[1]
+            text.length += input_ids.shape[1]
         logits = self.lm.logits(x[:, -1:] if last_only else x)
         loss = None if labels is None else next_token_loss(logits, labels)
         return Output(logits, loss, cache)
+
+    def keep_reachable(self, x: Tensor, parts: Sequence[nn.Module], side: int) -> Tensor:
+        """In training a batch without images reads a black one, times 0: every rank's graph has the same parameters."""
+        learns = self.training and torch.is_grad_enabled()
+        if not (learns and any(p.requires_grad for part in parts for p in part.parameters())):
+            return x
+        nothing = torch.zeros(1, 1, 3, side, side, dtype=x.dtype, device=x.device)
+        return x + 0 * self.encode(nothing).mean().to(x.dtype)
 
     def _check(self, ids: Tensor, mask: Tensor | None, labels: Tensor | None, cache: Cache | None) -> None:
         _check.shapes(input_ids=(ids, "B T"), attention_mask=(mask, "B T"), labels=(labels, "B T"))
@@ -194,6 +210,12 @@ class MultimodalModel(nn.Module):
             return self(images, ids, mask, media=media, cache=cache, last_only=True).logits[:, -1]
 
         return continue_text(step, sampler, max_new_tokens, stop, self.tokens.pad)
+
+
+def fill_places(text: Tensor, place: Tensor, media: Tensor) -> Tensor:
+    """Text embeddings `[B, T, C]` with the rows of media `[B, R, C]` where place `[B, T]` is True, in order."""
+    index = (place.cumsum(1) - 1).clamp(0, media.shape[1] - 1).unsqueeze(-1).expand_as(text)
+    return torch.where(place.unsqueeze(-1), media.to(text.dtype).gather(1, index), text)
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:

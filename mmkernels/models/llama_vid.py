@@ -14,7 +14,7 @@ from mmkernels.layers.context_attention import NEIGHBOURS, ContextAttention, con
 from mmkernels.layers.decoder import Decoder, DecoderConfig
 from mmkernels.layers.qformer_layer import QFormerConfig
 from mmkernels.layers.vision import VisionConfig, VisionTower
-from mmkernels.models.base import Cache, MultimodalModel, Output, Tokens
+from mmkernels.models.base import Cache, MultimodalModel, Output, Tokens, fill_places
 from mmkernels.models.places import expand_images as expand_images
 from mmkernels.models.places import pad_rows
 from mmkernels.models.stages import Stage
@@ -143,9 +143,7 @@ class LlamaVid(MultimodalModel):
         if media is None or rows == 0:
             return text
         _check.shapes(input_ids=(input_ids, "B T"), media=(media, f"B P R {text.shape[-1]}"))
-        index = (place.cumsum(1) - 1).clamp(0, rows - 1).unsqueeze(-1).expand_as(text)
-        visual = media.flatten(1, 2).to(text.dtype).gather(1, index)
-        return torch.where(place.unsqueeze(-1), visual, text)
+        return fill_places(text, place, media.flatten(1, 2))
 
     def _check_places(self, place: Tensor, rows: int) -> None:
         if place.device.type != "cpu" or torch.compiler.is_compiling():

@@ -8,6 +8,7 @@ from mmkernels.layers.decoder import DecoderConfig
 from mmkernels.layers.vision import CLIP_L, VisionConfig
 from mmkernels.models import language
 from mmkernels.models.base import Tokens
+from mmkernels.models.cogvlm_presets import COGVLM
 from mmkernels.models.flamingo import CrossConfig, FlamingoConfig, ResamplerConfig
 from mmkernels.models.lavin_presets import LAVIN
 from mmkernels.models.llama_vid_presets import LLAMA_VID
@@ -58,8 +59,9 @@ def _flamingo(lm: DecoderConfig, every: int, stage: Stage = _OPEN_FLAMINGO) -> F
 
 
 PRESETS = (
-    LLAMA_VID
+    COGVLM
     | LAVIN
+    | LLAMA_VID
     | QFORMER_MODELS
     | QWEN_VL
     | {

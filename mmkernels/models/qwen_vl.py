@@ -120,22 +120,13 @@ class QwenVL(MultimodalModel):
         """Token embeddings, the k-th image of a row over the slots of its k-th image token."""
         x = self.lm.embed(input_ids)
         if media is None or media.shape[1] == 0:
-            return self._keep_reachable(x)
+            return self.keep_reachable(x, [self.vision], self.config.vision.image_size)
         slots, width = self.config.slots, self.config.lm.block.width
         image, place = image_places(input_ids, self.tokens.image)
         inside = (place >= 0) & (place < slots) & (image < media.shape[1])
         index = torch.where(inside, image * slots + place, 0).unsqueeze(-1).expand(-1, -1, width)
         seen = media.flatten(1, 2).gather(1, index).to(x.dtype)
         return torch.where(inside.unsqueeze(-1), seen, x)
-
-    def _keep_reachable(self, x: Tensor) -> Tensor:
-        """In training a batch without images reads a black one, times 0: every rank's graph has the same parameters."""
-        learns = self.training and torch.is_grad_enabled()
-        if not (learns and any(p.requires_grad for p in self.vision.parameters())):
-            return x
-        side = self.config.vision.image_size
-        nothing = torch.zeros(1, 3, side, side, dtype=x.dtype, device=x.device)
-        return x + 0 * self.vision(nothing).mean().to(x.dtype)
 
     def published(self, source: str) -> Table:
         """The released file: `transformer.visual` beside the language model's layers."""

@@ -18,8 +18,9 @@ class Stage:
     that no pattern meets have none, nor, unless `decay_vectors`, have those with fewer than two dimensions. The rate rises
     linearly over `warmup` steps (below 1: that share of all steps), then follows `schedule`: "constant", or "cosine" down to
     `floor`. `betas` are AdamW's. Gradients are clipped to norm `clip`. `steps` is the stage's length where the recipe sets one,
-    `image_size` the side of its pictures where that is not the tower's own. With a `layer_decay` d, block i of a tower's n
-    learns at the rate times `d^(n - i)`, what is before the blocks at the rate times `d^(n + 1)`.
+    `image_size` the side of its pictures where that is not the tower's own. `rates` are shares of the rate by pattern. With a
+    `layer_decay` d, block i of a tower's n learns at the rate times `d^(n - i)`, what is before the blocks at the rate times
+    `d^(n + 1)`.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Stage:
     decay_vectors: bool = True
     image_size: int | None = None
     layer_decay: float = 1.0
+    rates: Mapping[str, float] = field(default_factory=dict)
 
     def freeze(self, model: nn.Module) -> None:
         """Makes exactly this stage's parameters trainable."""
@@ -52,12 +54,12 @@ class Stage:
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """The trainable parameters for an optimizer, a group for each weight decay and each `scale` of the learning rate."""
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        scale = self._scales(model)
+        depth_scale = self._scales(model)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 patterns = self.weight_decay if self.decay_vectors or parameter.dim() > 1 else {}
-                decay = next((d for p, d in patterns.items() if fnmatchcase(name, p)), 0.0)
-                groups.setdefault((decay, scale(name)), []).append(parameter)
+                scale = _first(self.rates, name, 1.0) * depth_scale(name)
+                groups.setdefault((_first(patterns, name, 0.0), scale), []).append(parameter)
         return [
             {"params": params, "weight_decay": decay, "lr": self.learning_rate * scale, "scale": scale}
             for (decay, scale), params in groups.items()
@@ -81,3 +83,8 @@ def _depth(name: str) -> int | None:
         return None
     parts = name.split(".")
     return 1 + int(parts[parts.index("blocks") + 1]) if "blocks" in parts else 0
+
+
+def _first(patterns: Mapping[str, float], name: str, otherwise: float) -> float:
+    """What the first pattern that meets a name gives it."""
+    return next((value for pattern, value in patterns.items() if fnmatchcase(name, pattern)), otherwise)

@@ -11,13 +11,14 @@ from mmkernels.data import Dataset, Pairs, Sequences, Tokenizer, Videos
 from mmkernels.models import (
     Blip2Config,
     Blip2Seq2SeqConfig,
+    CogVLMConfig,
     FlamingoConfig,
     LavinConfig,
     LlamaVidConfig,
     QwenVLConfig,
     Stage,
 )
-from mmkernels.train import lavin, qformer, qwen, seq2seq, video
+from mmkernels.train import cogvlm, lavin, qformer, qwen, seq2seq, video
 from mmkernels.train.objectives import Objectives
 
 
@@ -62,6 +63,7 @@ def _videos(dataset: Dataset, tokenizer: Tokenizer, config: LlamaVidConfig, seed
 
 
 _FAMILIES = {
+    CogVLMConfig: Family(cogvlm.grounding, cogvlm.CogVLMObjectives, cogvlm.measure),
     FlamingoConfig: Family(_sequences),
     Blip2Config: Family(_pairs, qformer.QFormerObjectives, qformer.measure),
     Blip2Seq2SeqConfig: Family(_pairs, seq2seq.Seq2SeqObjectives, qformer.measure),

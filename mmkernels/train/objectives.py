@@ -28,6 +28,9 @@ class Objectives:
     def names(self) -> tuple[str, ...]:
         return ("pictures", "text", "pairs", "interleaved")
 
+    def begin(self, stage: Stage) -> None:
+        """What happens to the model before the first step of a later stage."""
+
     def passes(self, stage: Stage) -> list[tuple[str, ...]]:
         """The stage's losses in groups that share a pass; a step goes backward after each."""
         return [(name,) for name in stage.losses]

@@ -97,6 +97,7 @@ class Trainer:
         """One optimizer step, gradients accumulated over the stage's batches; returns its record. **Raises** Diverged."""
         if self.stage_at(self.step) != self.index:
             self._enter(self.stage_at(self.step))
+            self.objectives.begin(self.stage)
         begun, number = time.perf_counter(), self.step
         rate = learning_rate(self.stage, number - self.start, self.stages[self.index][1])
         losses = {}
