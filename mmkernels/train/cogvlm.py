@@ -10,11 +10,17 @@ from torch import Tensor, nn
 
 from mmkernels.data import Dataset, Grounding, SceneBatch, Tokenizer
 from mmkernels.data.grounding import boxes_in, iou
+from mmkernels.data.grounding import texts as scene_texts
 from mmkernels.models import CogVLMConfig, Stage
 from mmkernels.train.evaluate import evaluating, shuffle
 from mmkernels.train.objectives import Objectives
 
 HELD_OUT, _BATCH = 256, 64  # scenes that are tried when a stage with boxes ends, and at a time
+
+
+def texts(dataset: Dataset, config: CogVLMConfig) -> list[str]:
+    """With the sides of boxes: a number of three digits is one token then, as captions' words are."""
+    return scene_texts(dataset, config.vision.image_size)
 
 
 def grounding(dataset: Dataset, tokenizer: Tokenizer, config: CogVLMConfig, seed: int) -> Grounding:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,20 @@ def _nothing(model: Any, sequences: Any, stage: Stage) -> dict[str, Any]:
     return {}
 
 
+def _captions(dataset: Dataset, config: Any) -> Iterable[str]:
+    return dataset.captions
+
+
 @dataclass(frozen=True)
 class Family:
-    """`measure(model, sequences, stage)` gives the figures that go to the log with a stage's last step."""
+    """`measure(model, sequences, stage)` gives the figures that go to the log with a stage's last step; the tokenizer is made
+    of `texts(dataset, config)`.
+    """
 
     sequences: Callable[[Dataset, Tokenizer, Any, int], Sequences]
     objectives: type[Objectives] = Objectives
     measure: Callable[[Any, Any, Stage], dict[str, Any]] = _nothing
+    texts: Callable[[Dataset, Any], Iterable[str]] = _captions
 
 
 def _sequences(dataset: Dataset, tokenizer: Tokenizer, config: Any, seed: int) -> Sequences:
@@ -47,7 +54,7 @@ def _videos(dataset: Dataset, tokenizer: Tokenizer, config: LlamaVidConfig, seed
 
 
 _FAMILIES = {
-    CogVLMConfig: Family(cogvlm.grounding, cogvlm.CogVLMObjectives, cogvlm.measure),
+    CogVLMConfig: Family(cogvlm.grounding, cogvlm.CogVLMObjectives, cogvlm.measure, cogvlm.texts),
     FlamingoConfig: Family(_sequences),
     Blip2Config: Family(_pairs, qformer.QFormerObjectives, qformer.measure),
     LlamaVidConfig: Family(_videos, video.VideoObjectives, video.measure),

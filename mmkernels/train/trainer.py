@@ -68,7 +68,7 @@ class Trainer:
         dataset = data.build(run.data)
         model: Any = models.build(run.model)
         self.model, self.family = model.to(device), family(model.config)
-        self.tokenizer = Tokenizer.train(dataset.captions, model.config.lm.vocab)
+        self.tokenizer = Tokenizer.train(self.family.texts(dataset, model.config), model.config.lm.vocab)
         self.sequences = self.family.sequences(dataset, self.tokenizer, model.config, run.seed)
         self.objectives = self.family.objectives(model, self.sequences, run.batch, device)
         self.step = 0
