@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from benchmarks import layers
 from benchmarks.peers import peers
 from mmkernels import models
 from mmkernels.primitives._case import Case, Room
 from mmkernels.primitives._op import BACKENDS
-from mmkernels.rooms import rooms
+from mmkernels.rooms import rooms as ops
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PASSES = ("fwd", "bwd", "fwd+bwd")
@@ -19,6 +20,11 @@ BUILT = ("compiled", "flex")  # seconds to build each: timed on headline rows, o
 MODELS = "models"  # the name that whole-model rows are asked for by
 
 Row = dict[str, Any]
+
+
+def rooms() -> dict[str, Room]:
+    """The ops' rooms, then whole layers."""
+    return {**ops(), **{room.name: room for room in layers.ROOMS}}
 
 
 @dataclass(frozen=True)

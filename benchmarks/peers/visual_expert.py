@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.visual_expert.cases import expert, finish
-from mmkernels.primitives._case import Inputs
+from mmkernels.primitives._case import Inputs, Unsuited
 
 Run = Callable[[], Tensor]
 
@@ -30,6 +30,8 @@ def packed(x: Inputs) -> Run:
     """The floor: each expert over as many rows as it has, as if they stood together, nothing moved, nothing after it."""
     count = int(x["is_vision"].sum())
     sides = ((expert(x, "text"), slice(count, None)), (expert(x, "vision"), slice(0, count)))
+    if not len(x["x"]):
+        raise Unsuited("no rows, no floor")
     used = [(run, own) for run, own in sides if len(x["x"][own])]
 
     def run() -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmkernels.ops.visual_expert import op
 from mmkernels.primitives.grouped_linear import composed, composed_backward
+from mmkernels.primitives.grouped_linear.reference import activate
 
 TURNED = 64  # rows whose heads are turned at once: they stay in cache
 
@@ -62,8 +63,12 @@ def forward(
     width = n // 2 if activation == "swiglu" else n
     out = torch.empty((rows, width), dtype=x.dtype if residual is None else residual.dtype)
     h = x.new_empty((rows if keep else 0, n))
+    x = x if x.stride(-1) == 1 else x.contiguous()
     for side in _sides(counts, gather, scatter, rows):
         weight, bias = ((w_text, b_text), (w_vision, b_vision))[side.number]
+        if not keep and side.own.stop - side.own.start <= composed.few_of(x):
+            _few(x, side, weight, bias, residual, activation, out)
+            continue
         mine = slice(None) if side.write is not None else side.own
         composed.forward(
             x if side.read is not None else x[side.own], weight.unsqueeze(0), side.counts, side.read, side.write,
@@ -73,6 +78,28 @@ def forward(
     if cos is not None and sin is not None:
         _turn(out, out, cos, sin, turned)
     return out, h
+
+
+def _few(
+    x: Tensor,
+    side: _Side,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    out: Tensor,
+) -> None:
+    """Decoding: the kernel at once, without a plan, which takes as long as a small weight."""
+    count = side.own.stop - side.own.start
+    p = x.new_empty((count, weight.shape[0]), dtype=torch.promote_types(x.dtype, torch.float32))
+    rows = x if side.read is not None else x[side.own]
+    kernel = getattr(torch.ops.mmkernels, composed.KERNEL).default
+    kernel(rows, weight.unsqueeze(0), side.counts, side.read, 0, count, p)
+    v = activate(p if bias is None else p.add_(bias), activation)
+    at = side.own if side.write is None else side.write.long()
+    if residual is not None:
+        v = v + residual[at]
+    composed.put(out, at, v)
 
 
 def _turn(v: Tensor, out: Tensor, cos: Tensor, sin: Tensor, turned: int) -> None:
