@@ -217,6 +217,13 @@ def _touch(a: NDArray[np.int64], b: NDArray[np.int64]) -> bool:
     return bool((np.maximum(a[:2], b[:2]) < np.minimum(a[2:], b[2:])).all())
 
 
+def texts(dataset: Dataset, size: int) -> list[str]:
+    """What scenes of `size` pixels are told with, for a tokenizer: every caption, question and side of a box."""
+    questions = [QUESTION.format(caption) for caption in dataset.captions]
+    sides = [box_text((at, at, at, at)) for at in (pixel / size for pixel in range(size + 1))]
+    return [*dataset.captions, *questions, *sides]
+
+
 @functools.cache
 def canvases() -> tuple[Picture, ...]:
     """Photographs of scikit-image that no dataset has captions for. **Raises** ImportError without it."""

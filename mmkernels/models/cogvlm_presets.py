@@ -62,11 +62,11 @@ _TOWERS = Stage(
     "towers",  # no published part is this small: the tower learns what is where, the language model to tell what it is shown
     trainable=("vision.*", *_TEXT),
     losses={"patches": 1.0, "echoes": 1.0},
-    mix={"patches": 1.0, "echoes": 1.0},
+    mix={"patches": 2.0, "echoes": 1.0},
     learning_rate=2e-3,
     schedule="cosine",
     warmup=0.1,
-    steps=400,
+    steps=350,
 )
 _TINY_LM = DecoderConfig(
     "llama",
@@ -109,9 +109,9 @@ COGVLM = {
         hidden=256,
         stages=(
             _TOWERS,
-            _small(_CAPTIONING, {"captions": 1.0}, 2e-3, 100),
-            _small(_REFERRING, {"captions": 0.2, "boxes": 1.0}, 2e-3, 300),
-            _small(_SFT, {"captions": 0.2, "boxes": 1.0}, 5e-4, 50),
+            _small(_CAPTIONING, {"captions": 1.0}, 2e-3, 50),
+            _small(_REFERRING, {"captions": 0.2, "boxes": 1.0}, 3e-3, 300),
+            _small(_SFT, {"captions": 0.2, "boxes": 1.0}, 1.5e-3, 75),
         ),
     ),
 }  # fmt: skip

@@ -10,11 +10,18 @@ from torch import Tensor, nn
 
 from mmkernels.data import Dataset, Grounding, SceneBatch, Tokenizer
 from mmkernels.data.grounding import boxes_in, iou
+from mmkernels.data.grounding import texts as scene_texts
 from mmkernels.models import CogVLMConfig, Stage
+from mmkernels.models.base import IGNORE
 from mmkernels.train.evaluate import evaluating, shuffle
 from mmkernels.train.objectives import Objectives
 
 HELD_OUT, _BATCH = 256, 64  # scenes that are tried when a stage with boxes ends, and at a time
+
+
+def texts(dataset: Dataset, config: CogVLMConfig) -> list[str]:
+    """With the sides of boxes: a number of three digits is one token then, as captions' words are."""
+    return scene_texts(dataset, config.vision.image_size)
 
 
 def grounding(dataset: Dataset, tokenizer: Tokenizer, config: CogVLMConfig, seed: int) -> Grounding:
@@ -22,9 +29,9 @@ def grounding(dataset: Dataset, tokenizer: Tokenizer, config: CogVLMConfig, seed
 
 
 class CogVLMObjectives(Objectives):
-    """`patches`: the tower tells, for every patch, which object covers its centre and where that object's box is, through a
-    linear head that is thrown away after the stage. `echoes`: the language model alone. `captions`, `boxes`: its answers
-    behind a scene.
+    """`patches`: the tower tells, for every patch, which object covers its centre and in which pixels that object's sides are,
+    through a linear head that is thrown away after the stage. `echoes`: the language model alone. `captions`, `boxes`: its
+    answers behind a scene.
     """
 
     model: Any
@@ -32,8 +39,8 @@ class CogVLMObjectives(Objectives):
 
     def __init__(self, model: Any, sequences: Grounding, batch: int, device: str) -> None:
         super().__init__(model, sequences, batch, device)
-        kinds = len(sequences.dataset.captions) + 1  # the last one is nothing
-        self.head = nn.Linear(model.config.vision.width, kinds + 4).to(device)
+        self.kinds = len(sequences.dataset.captions) + 1  # the last one is nothing
+        self.head = nn.Linear(model.config.vision.width, self.kinds + 4 * (sequences.size + 1)).to(device)
 
     def names(self) -> tuple[str, ...]:
         return ("patches", "echoes", "captions", "boxes")
@@ -65,15 +72,18 @@ class CogVLMObjectives(Objectives):
 
     def _patches(self, pixels: Tensor, captions: Tensor, boxes: Tensor) -> Tensor:
         told = self.head(self.model.vision(pixels)[:, 1:]).float()
-        kinds, sides = told[..., :-4], told[..., -4:]
+        kinds, sides = told[..., : self.kinds], told[..., self.kinds :].unflatten(-1, (4, -1))
         owner, covered = owners(boxes, round(told.shape[1] ** 0.5))
-        nothing = kinds.shape[-1] - 1
-        kind = torch.where(covered, captions.gather(1, owner), nothing)
-        box = boxes.gather(1, owner.unsqueeze(-1).expand(-1, -1, 4))
-        off = (sides - box).abs().mean(-1) * covered
-        return F.cross_entropy(kinds.flatten(0, 1), kind.flatten()) + 4 * off.sum() / covered.sum().clamp(
-            min=1
+        kind = torch.where(covered, captions.gather(1, owner), self.kinds - 1)
+        box = (boxes * self.sequences.size).round().long()
+        side = torch.where(
+            covered.unsqueeze(-1), box.gather(1, owner.unsqueeze(-1).expand(-1, -1, 4)), IGNORE
         )
+        what, where = (
+            F.cross_entropy(found.flatten(0, -2), true.flatten(), ignore_index=IGNORE)
+            for found, true in ((kinds, kind), (sides, side))
+        )
+        return what + where
 
 
 def owners(boxes: Tensor, side: int) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,15 +30,20 @@ def _vocabulary(config: Any) -> int:
     return config.lm.vocab
 
 
+def _captions(dataset: Dataset, config: Any) -> Iterable[str]:
+    return dataset.captions
+
+
 @dataclass(frozen=True)
 class Family:
-    """`measure(model, sequences, stage)` gives the figures that go to the log with a stage's last step; `words(config)` is how
-    many tokens the text may have.
+    """`measure(model, sequences, stage)` gives the figures that go to the log with a stage's last step; the tokenizer is made
+    of `texts(dataset, config)` and has at most `words(config)` tokens.
     """
 
     sequences: Callable[[Dataset, Tokenizer, Any, int], Sequences]
     objectives: type[Objectives] = Objectives
     measure: Callable[[Any, Any, Stage], dict[str, Any]] = _nothing
+    texts: Callable[[Dataset, Any], Iterable[str]] = _captions
     words: Callable[[Any], int] = _vocabulary
 
 
@@ -63,7 +68,7 @@ def _videos(dataset: Dataset, tokenizer: Tokenizer, config: LlamaVidConfig, seed
 
 
 _FAMILIES = {
-    CogVLMConfig: Family(cogvlm.grounding, cogvlm.CogVLMObjectives, cogvlm.measure),
+    CogVLMConfig: Family(cogvlm.grounding, cogvlm.CogVLMObjectives, cogvlm.measure, cogvlm.texts),
     FlamingoConfig: Family(_sequences),
     Blip2Config: Family(_pairs, qformer.QFormerObjectives, qformer.measure),
     Blip2Seq2SeqConfig: Family(_pairs, seq2seq.Seq2SeqObjectives, qformer.measure),

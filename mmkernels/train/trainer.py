@@ -68,7 +68,8 @@ class Trainer:
         dataset = data.build(run.data)
         model: Any = models.build(run.model)
         self.model, self.family = model.to(device), family(model.config)
-        self.tokenizer = Tokenizer.train(dataset.captions, self.family.words(model.config))
+        texts, words = self.family.texts(dataset, model.config), self.family.words(model.config)
+        self.tokenizer = Tokenizer.train(texts, words)
         self.sequences = self.family.sequences(dataset, self.tokenizer, model.config, run.seed)
         self.objectives = self.family.objectives(model, self.sequences, run.batch, device)
         self.step = 0

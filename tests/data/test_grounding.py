@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from mmkernels import data
-from mmkernels.data.grounding import QUESTION, SIDES, box_text, boxes_in, iou
+from mmkernels.data.grounding import QUESTION, SIDES, box_text, boxes_in, iou, texts
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,13 @@ def test_objects_are_where_their_boxes_say(grounding, monkeypatch):
             corners.append((x0, y0))
         assert not rest.any() and len(set(scene.captions)) == 2
     assert np.ptp(np.array(corners), axis=0).min() > 24
+
+
+def test_a_number_of_the_texts_is_one_token(digits):
+    tokenizer = data.Tokenizer.train(texts(digits, 48), 512)
+    for box in ((0, 0.0625, 0.5, 1), (7 / 48, 11 / 48, 13 / 48, 47 / 48)):
+        assert len(tokenizer.encode(box_text(box))) == 9  # the brackets, four numbers, three commas
+    assert len(tokenizer.encode(QUESTION.format(digits.captions[3]))) == 6
 
 
 def test_the_mean_box_is_the_middle(grounding):

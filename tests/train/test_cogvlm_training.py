@@ -18,7 +18,9 @@ from mmkernels.train.cogvlm import CogVLMObjectives, owners
 def setting():
     torch.manual_seed(0)
     dataset, model = data.build("digits"), models.build("cogvlm-tiny")
-    scenes = cogvlm.grounding(dataset, data.Tokenizer.train(dataset.captions, 512), model.config, 0)
+    scenes = cogvlm.grounding(
+        dataset, data.Tokenizer.train(cogvlm.texts(dataset, model.config), 512), model.config, 0
+    )
     return model, scenes
 
 
