@@ -19,7 +19,7 @@ from mmkernels.primitives._widen import operand_dtype
 from mmkernels.primitives.grouped_linear import reference
 from mmkernels.primitives.grouped_linear.rows import Piece, Rows, parts, pieces, place, plan
 
-FEW = 96  # rows of a group that our kernel multiplies no slower than the library
+FEW = 128  # rows of a group that our kernel multiplies no slower than the library
 CHUNK = 2048  # rows that go through a weight at once
 EPILOGUE = 128  # rows
 WIDE_BLOCK = 1 << 21  # elements of a weight that are widened at once

@@ -99,7 +99,8 @@ def _empty_grads(inputs: tuple[Tensor | None, ...], needs: list[bool], kept: Row
     first, *others = (make(i, t) for i, t in enumerate(inputs))
     grads = _Grads(first, *others, adds=adds)
     if grads.weight.numel():
-        grads.weight[torch.from_numpy(kept.counts == 0)] = 0
+        # by places: a boolean mask would read and write the whole gradient once more
+        grads.weight.index_fill_(0, torch.from_numpy(np.flatnonzero(kept.counts == 0)), 0)
     return grads
 
 
