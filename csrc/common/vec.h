@@ -26,6 +26,7 @@ typedef float Vec __attribute__((vector_size(4 * W), may_alias));
 typedef uint32_t IVec __attribute__((vector_size(4 * W), may_alias));  // lanes wrap around
 typedef int32_t SVec __attribute__((vector_size(4 * W), may_alias));
 typedef float Unaligned __attribute__((vector_size(4 * W), may_alias, aligned(4)));
+typedef uint32_t UnalignedInts __attribute__((vector_size(4 * W), may_alias, aligned(2)));
 typedef uint16_t Half __attribute__((vector_size(2 * W), may_alias, aligned(2)));
 
 MMK_INLINE Vec load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }

@@ -11,7 +11,7 @@ struct GroupedRows {
   int64_t group, row;
   int64_t N, C;
   Dtype dtype;     // of weight and x
-  const float* x;  // [M, padded_channels], zeros past C
+  const float* x;  // [M, padded_channels], zeros past C; see half_of for the order
   float* out;      // [M, N], unit last stride
   int64_t out_row;
 };
@@ -21,6 +21,6 @@ struct RowsOfGroup {
   int64_t group, first, rows;
 };
 
-static inline int64_t padded_channels(int64_t c) { return (c + 15) / 16 * 16; }
+static inline int64_t padded_channels(int64_t c) { return ((c + 31) / 32 | 1) * 32; }
 
 }  // namespace mmkernels

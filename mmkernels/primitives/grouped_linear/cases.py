@@ -200,6 +200,7 @@ TESTS = (
         row_scale=True,
     ),
     _test("decode", F32, BF16, F16, rows=7, groups=2, channels=130, width=71, split="mixed", bias=True),
+    _test("decode-deep", F32, BF16, F16, rows=21, groups=1, channels=2300, width=7, split="one", moved=False),
 )
 
 
@@ -212,12 +213,17 @@ BENCH = (
     _bench("cogvlm-224-b1", 321, 2048, 6144, headline=True, split=(1, 257)),
     _bench("cogvlm-224-b1-4096", 321, 4096, 4096, split=(1, 257)),
     _bench("cogvlm-490-b1", 1291, 2048, 2048, split=(1, 1227)),
+    _bench("cogvlm-490-b1-4096", 1291, 4096, 4096, split=(1, 1227)),
     _bench("cogvlm-224-mlp", 321, 2048, 8192, split=(1, 257), activation="swiglu"),
     _bench("cogvlm-decode-1", 1, 2048, 6144, headline=True, split="one"),
+    _bench("cogvlm-decode-1-4096", 1, 4096, 12288, split="one"),
+    _bench("cogvlm-decode-2-mlp", 2, 2048, 11008, split="one", activation="swiglu"),
     _bench("cogvlm-decode-4", 4, 2048, 6144, split="one"),
     _bench("cogvlm-decode-8-both", 8, 2048, 6144, split="mixed"),
     _bench("cogvlm-decode-16", 16, 2048, 6144, split="one"),
     _bench("moe-llava-T640", 640, 1024, 2816, groups=4, top=2, split="mixed", activation="swiglu"),
+    _bench("moe-llava-T8", 8, 1024, 2816, groups=4, top=2, split="mixed", activation="swiglu"),
+    _bench("moe-512-experts", 512, 256, 256, groups=512, top=2, split="mixed"),
     _bench("moe-64-experts", 256, 512, 768, groups=64, top=2, split="mixed"),
     _bench("monkey-lora", 1024, 1024, 1024, groups=1, split="one", moved=False, lora=16, segments=4),
 )

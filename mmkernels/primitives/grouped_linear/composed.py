@@ -19,7 +19,7 @@ from mmkernels.primitives._widen import operand_dtype
 from mmkernels.primitives.grouped_linear import reference
 from mmkernels.primitives.grouped_linear.rows import Piece, Rows, parts, pieces, place, plan
 
-FEW = 96  # rows of a group that our kernel multiplies no slower than the library
+FEW = 128  # rows of a group that our kernel multiplies no slower than the library
 CHUNK = 2048  # rows that go through a weight at once
 EPILOGUE = 128  # rows
 WIDE_BLOCK = 1 << 21  # elements of a weight that are widened at once
@@ -61,34 +61,45 @@ def put(x: Tensor, at: slice | Tensor, value: Tensor) -> None:
 
 
 def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """A weight [N, C] in the dtype of its product, whole where it has it, else in blocks of rows."""
+    """A weight [N, C] in blocks of rows, widened into one buffer: a fresh one would cost more than the widening."""
     n, c = weight.shape
-    step = n if weight.dtype == dtype else max(1, WIDE_BLOCK // max(c, 1))
-    for at in range(0, n, max(step, 1)):
-        yield slice(at, at + step), weight[at : at + step].to(dtype)
+    step = max(1, min(n, WIDE_BLOCK // max(c, 1)))
+    buffer = weight.new_empty((step, c), dtype=dtype)
+    for start in range(0, n, step):
+        block = weight[start : start + step]
+        yield slice(start, start + len(block)), buffer[: len(block)].copy_(block)
 
 
 def multiply(a: Tensor, weight: Tensor, out: Tensor) -> None:
     """out = a weight^T, a being in the product's dtype."""
+    if a.dtype == weight.dtype == out.dtype:
+        torch.mm(a, weight.t(), out=out)
+        return
+    if a.dtype == weight.dtype:
+        out.copy_(torch.mm(a, weight.t()))
+        return
     for rows, block in _blocks(weight, a.dtype):
-        if out.dtype == a.dtype:
-            torch.mm(a, block.t(), out=out[:, rows])
-        else:
-            out[:, rows] = torch.mm(a, block.t())
+        torch.mm(a, block.t(), out=out[:, rows])
 
 
 def multiply_back(dy: Tensor, weight: Tensor, out: Tensor) -> None:
     """out = dy weight."""
+    if dy.dtype == weight.dtype == out.dtype:
+        torch.mm(dy, weight, out=out)
+        return
+    if dy.dtype == weight.dtype:
+        out.copy_(torch.mm(dy, weight))
+        return
     for rows, block in _blocks(weight, dy.dtype):
-        if rows.start == 0 and out.dtype == dy.dtype:
+        if rows.start == 0:
             torch.mm(dy[:, rows], block, out=out)
-        elif out.dtype == dy.dtype:
-            out.addmm_(dy[:, rows], block)
         else:
-            out.copy_(torch.mm(dy[:, rows], block))
+            out.addmm_(dy[:, rows], block)
 
 
-def _product(w: Weights, rows: Rows, piece: Piece, index: Tensor | None, target: Tensor | None) -> Tensor:
+def _product(
+    w: Weights, rows: Rows, piece: Piece, index: tuple[Tensor, Tensor | None], target: Tensor | None
+) -> Tensor:
     """The piece's rows times their groups' weights [m, N], wide, in `target` where that is given."""
     _, start, stop = piece
     found = target
@@ -96,7 +107,7 @@ def _product(w: Weights, rows: Rows, piece: Piece, index: Tensor | None, target:
         found = w.x.new_empty((stop - start, w.weight.shape[1]), dtype=w.wide)
     if piece.group < 0:
         kernel = getattr(torch.ops.mmkernels, KERNEL).default
-        kernel(w.x, w.weight, torch.from_numpy(rows.counts.astype(np.int32)), index, start, stop, found)
+        kernel(w.x, w.weight, *index, start, stop, found)
     else:
         a = pick(w.x, place(rows.read, start, stop), operand_dtype(w.x))
         multiply(a, w.weight[piece.group], found)
@@ -141,7 +152,9 @@ def forward(
         h = (torch.empty if kept.used == m else torch.zeros)((m if keep else 0, n), dtype=x.dtype)
     else:
         out, h = into
-    index = None if kept.read is None else torch.from_numpy(kept.read.astype(np.int32))
+    if kept.at is not None:  # not all rows are kept: what the kernel reads is no longer what the caller gave
+        gather, counts = (torch.from_numpy(i.astype(np.int32)) for i in (kept.read, kept.counts))  # type: ignore[union-attr]
+    index = (counts.contiguous(), gather if gather is None else gather.contiguous())
     for piece in pieces(kept, few_of(x), CHUNK):
         at, to = (place(i, piece.start, piece.stop) for i in (kept.at, kept.write))
         target = _target(h if keep else out, at if keep else to, w.wide, keep or not activation)

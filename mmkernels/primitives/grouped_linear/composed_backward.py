@@ -15,6 +15,7 @@ from mmkernels.primitives.grouped_linear.composed import (
     EPILOGUE,
     WIDE_BLOCK,
     Weights,
+    few_of,
     forward,
     multiply_back,
     pick,
@@ -73,9 +74,10 @@ def backward(
     grads = _empty_grads(inputs, own, kept, rows)
     if into is not None and needs[0]:
         grads.x = into
-    for piece in pieces(kept, 0, CHUNK):
+    for piece in pieces(kept, few_of(x), CHUNK):
         dh = _epilogue(dout, h, row_scale, kept, piece, activation, grads)
-        da = _through_weight(dh, w, kept, piece, grads)
+        through = _through_weight if piece.group >= 0 else _through_weights
+        da = through(dh, w, kept, piece, grads)
         if kept.segments is not None:
             _through_lora(dh, da, w, kept, piece, grads)
         if da is not None:
@@ -105,7 +107,8 @@ def _empty_grads(inputs: tuple[Tensor | None, ...], needs: list[bool], kept: Row
     first, *others = (make(i, t) for i, t in enumerate(inputs))
     grads = _Grads(first, *others, adds=adds)
     if grads.weight.numel():
-        grads.weight[torch.from_numpy(kept.counts == 0)] = 0
+        # by places: a boolean mask would read and write the whole gradient once more
+        grads.weight.index_fill_(0, torch.from_numpy(np.flatnonzero(kept.counts == 0)), 0)
     return grads
 
 
@@ -157,6 +160,28 @@ def _through_weight(dh: Tensor, w: Weights, kept: Rows, piece: Piece, grads: _Gr
         return None
     da = low.new_empty((stop - start, w.x.shape[1]), dtype=w.wide)
     multiply_back(low, w.weight[group], da)
+    return da
+
+
+def _through_weights(dh: Tensor, w: Weights, kept: Rows, piece: Piece, grads: _Grads) -> Tensor | None:
+    """The same for groups of few rows: all rows are moved at once, so that a group costs its two products and no more."""
+    own = [(group, rows.stop - rows.start) for group, rows in parts(kept.counts, piece.start, piece.stop)]
+    groups, sizes = [group for group, _ in own], [size for _, size in own]
+    if grads.bias.numel():
+        grads.bias.index_add_(0, torch.from_numpy(np.repeat(groups, sizes)), dh)
+    low = dh.to(operand_dtype(w.x))
+    dys = low.split(sizes)
+    if grads.weight.numel():
+        a = pick(w.x, place(kept.read, piece.start, piece.stop), low.dtype)
+        into = grads.weight.unbind()
+        for group, dy, rows in zip(groups, dys, a.split(sizes), strict=True):
+            _add_product(dy, rows, into[group], True)
+    if not grads.x.numel():
+        return None
+    da = low.new_empty((len(dh), w.x.shape[1]), dtype=w.wide)
+    weights = w.weight.unbind()
+    for group, dy, rows in zip(groups, dys, da.split(sizes), strict=True):
+        multiply_back(dy, weights[group], rows)
     return da
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from mmkernels.primitives.grouped_linear import composed, composed_backward, op
 
 
+@functools.cache  # asked at every call; modules are loaded before their operators are registered
 def _present() -> str:
     found = torch._C._dispatch_has_kernel_for_dispatch_key(f"mmkernels::{composed.KERNEL}", "CPU")
     return "" if found else f"{composed.KERNEL} is not compiled in this installation"

@@ -54,10 +54,10 @@ def _check_forward(x: Tensor, weight: Tensor, counts: Tensor, *rest: Any) -> Non
     if scatter is not None:
         places = _check_index("scatter", scatter, used, -1, rows)
         kept = places[places >= 0]
-        distinct = len(np.unique(kept))
-        if distinct != len(kept):
+        hits = np.bincount(kept)
+        if hits.max(initial=0) > 1:
             raise ValueError(
-                f"scatter: got {len(kept)} rows into {distinct} places, expected distinct places"
+                f"scatter: got {len(kept)} rows into {np.count_nonzero(hits)} places, expected distinct places"
             )
 
 

@@ -34,8 +34,15 @@ class Rows(NamedTuple):
 
 def _clamped(counts: Tensor, m: int) -> Index:
     """No count is negative, and together they end with the m rows."""
-    ends = np.minimum(np.cumsum(np.maximum(counts.numpy(), 0), dtype=np.int64), m)
-    return np.diff(ends, prepend=0)
+    sizes = np.minimum(np.maximum(counts.numpy(), 0).cumsum(dtype=np.int64), m)
+    sizes[1:] -= sizes[:-1].copy()
+    return sizes
+
+
+def _inside(index: Index | None, size: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    if index is None:
+        return np.True_  # type: ignore[return-value]
+    return index.view(np.uint64) < size  # a negative one is larger than any size
 
 
 def _kept(counts: Index, keep: Index) -> Index:
@@ -56,18 +63,13 @@ def plan(
     groups, parts = _clamped(counts, m), None if segments is None else _clamped(segments, m)
     used = int(groups.sum())
     read, write = (i if i is None else i.numpy()[:used].astype(np.int64) for i in (gather, scatter))
-    if used <= min(sizes) or (gather is not None and scatter is not None):
-        wrong = [
-            (index < 0) | (index >= size)
-            for index, size in ((read, sizes[0]), (write, sizes[1]))
-            if index is not None
-        ]
-        if not any(w.any() for w in wrong):
-            return Rows(groups, parts, used, None, read, write)
+    found = used <= min(sizes) or (gather is not None and scatter is not None)
+    if found and _inside(read, sizes[0]).all() and _inside(write, sizes[1]).all():
+        return Rows(groups, parts, used, None, read, write)
     keep, each = np.ones(used, dtype=bool), np.arange(used)
     for index, size in ((read, sizes[0]), (write, sizes[1])):
         index = each if index is None else index
-        keep &= (index >= 0) & (index < size)
+        keep &= _inside(index, size)
     at = each[keep]
     read, write = (at if i is None else i[keep] for i in (read, write))
     parts = None if parts is None else _kept(parts, keep)
