@@ -69,8 +69,8 @@ static void open_block(const IntervalAttention& p, int64_t b, int64_t g, int64_t
   }
 }
 
-// Sets `seen` for the keys [key, key + 64) and returns the union: no key outside of it may be touched. A block's
-// tiles come in ascending order.
+// Sets `seen` for the keys [key, key + 64) and returns the union: no key outside of it may be touched. A
+// block's tiles come in ascending order.
 static uint64_t look_at_tile(Block& block, int64_t key) {
   uint64_t cover = 0;
   if (block.ascends) {
