@@ -13,9 +13,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +22,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+
+from benchmarks.compile_passes import SHAPES, passes_of
 
 ROOT = Path(__file__).parents[1]
 TARGETS = {
@@ -34,13 +35,6 @@ TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64",
     torch.bool: "*i1",
 }  # fmt: skip
-RULES = {"plain": 0.0, "uniform, ALiBi, dropout": 0.1}
-SHAPES = [(torch.bfloat16, d, "plain") for d in (64, 88, 128, 256)] + [
-    (torch.float32, d, "plain") for d in (64, 128)
-]
-SHAPES += [(torch.bfloat16, 128, "uniform, ALiBi, dropout")]
-GROUPED = {"linear": "", "linear, swiglu, LoRA": "swiglu"}  # of grouped_linear: the width is x's
-SHAPES += [(dtype, 1024, rules) for dtype in (torch.bfloat16, torch.float32) for rules in GROUPED]
 WGMMA = (
     "forward",
     "backward_q",
@@ -86,7 +80,7 @@ def launches(dtype: torch.dtype, width: int, rules: str) -> list[tuple[Any, tupl
     """Every kernel call of one forward and one backward pass, over shapes that take every tile of the tables."""
     from triton.runtime.jit import JITFunction
 
-    modules, passes = _grouped(dtype, width, rules) if rules in GROUPED else _attention(dtype, width, rules)
+    modules, passes = passes_of(dtype, width, rules)
     calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     kept = [(m, n, f) for m in modules for n, f in vars(m).items() if isinstance(f, JITFunction)]
     try:
@@ -98,55 +92,6 @@ def launches(dtype: torch.dtype, width: int, rules: str) -> list[tuple[Any, tupl
         for module, name, kernel in kept:
             setattr(module, name, kernel)
     return calls
-
-
-def _attention(dtype: torch.dtype, width: int, rules: str) -> tuple[list[Any], list[Callable[[], None]]]:
-    """Over many rows and few keys and the other way round."""
-    from mmkernels.primitives.interval_attention.triton import backward, forward, launch
-
-    shapes = ((4096, 1024), (64, 4096))
-    passes = [partial(_pass, launch, dtype, width, rows, keys, RULES[rules]) for rows, keys in shapes]
-    return [backward, forward], passes  # type: ignore[return-value]
-
-
-def _grouped(dtype: torch.dtype, width: int, rules: str) -> tuple[list[Any], list[Callable[[], None]]]:
-    """Over many rows, some, and those of a decoder; gathered and scattered, or where they stand."""
-    from mmkernels.primitives.grouped_linear.triton import backward, launch, product
-    from mmkernels.primitives.routing.triton import kernels
-    from mmkernels.primitives.routing.triton import launch as routing
-
-    passes = [partial(_grouped_pass, launch, dtype, width, rows, GROUPED[rules]) for rows in (8192, 160, 4)]
-    if dtype == torch.float32 or GROUPED[rules]:
-        return [backward, product], passes  # type: ignore[return-value]
-    ids = torch.zeros(8192, dtype=torch.int32)
-    routes = [partial(routing.route, ids, groups, 128) for groups in (2, 128)]  # once: no floats are in it
-    return [backward, product, kernels], [*passes, *routes]  # type: ignore[return-value]
-
-
-def _grouped_pass(launch: Any, dtype: torch.dtype, width: int, rows: int, activation: str) -> None:
-    x, w = torch.empty(rows, width, dtype=dtype), torch.empty(2, 2 * width, width, dtype=dtype)
-    counts, index = torch.zeros(2, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
-    extras: tuple[Tensor | None, ...] = (None,) * 8
-    if activation:
-        bias, scale, lora = (
-            w[:, :, 0].contiguous(),
-            x[:, 0].float(),
-            (w[:, :16], w[:, :, :16].contiguous(), counts),
-        )
-        extras = (index, index, bias, scale, x, *lora)
-    out, h = launch.forward(x, w, counts, *extras, activation, rows, bool(activation))
-    launch.backward(out, x, w, counts, *extras, h, activation, rows, [True] * 7)
-
-
-def _pass(launch: Any, dtype: torch.dtype, width: int, rows: int, keys: int, dropout: float) -> None:
-    q, k = torch.empty(1, rows, 8, width, dtype=dtype), torch.empty(1, keys, 8, width, dtype=dtype)
-    lo = torch.zeros(1, rows, dtype=torch.int32)
-    extras: tuple[Tensor | None, ...] = (None, None, None)
-    if dropout:
-        extras = (lo.bool(), torch.ones(8), torch.zeros(1, dtype=torch.int64))
-    rules = (lo, lo, *extras, 0.125, dropout)
-    out, lse = launch.forward(q, k, k, *rules)
-    launch.backward(out, lse if dropout else None, q, k, k, out, lse, *rules)
 
 
 def _source(kernel: Any, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
