@@ -36,6 +36,9 @@ _BOX = re.compile(",".join([_NUMBER] * 4))
 _LIST = re.compile(r"\[\[([\d,;]*)\]\]")
 
 Box = tuple[float, float, float, float]
+_Row = tuple[
+    list[int], list[int], int, Box
+]  # head, answer, the caption's number and box of the object it is about
 
 
 def box_text(*boxes: Sequence[float]) -> str:
@@ -125,26 +128,21 @@ class Grounding(Sequences):
         pixels = images.normalise(np.stack([scene.pixels for scene in drawn]))
         return pixels, torch.tensor([s.captions for s in drawn]), torch.tensor([s.boxes for s in drawn])
 
-    def echoes(self, number: int, batch: int) -> SceneBatch:
-        """No picture: what a scene shows stands in the text before, as words and boxes, and is asked for.
+    def echoes(self, number: int, batch: int) -> tuple[SceneBatch, Tensor, Tensor]:
+        """Texts about scenes that are not drawn: half of the rows ask for a box, half want the only object's caption.
 
-        Half of the rows ask for a box, half want the only object's caption. What learns to go on obeys what it is shown.
+        Beside the batch the captions `[B, 2]` and boxes `[B, 2, 4]` of all objects; the box of one that is not there is empty.
         """
-        rng, rows, t = self._rng(_ECHOES, number), [], self.tokenizer
-        for _ in range(batch):
+        rng, rows = self._rng(_ECHOES, number), []
+        shown = torch.zeros(batch, OBJECTS, dtype=torch.int64), torch.zeros(batch, OBJECTS, 4)
+        for row in range(batch):
             count = 1 + int(rng.integers(OBJECTS))
             captions = [int(c) for c in rng.choice(len(self.dataset.captions), size=count, replace=False)]
             boxes = self._placed(rng, count)
-            shown = [
-                token
-                for caption, box in zip(captions, boxes, strict=True)
-                for token in t.encode(self.dataset.captions[caption] + box_text(box))
-            ]
+            shown[0][row, :count], shown[1][row, :count] = torch.tensor(captions), torch.tensor(boxes)
             asked = int(rng.integers(count))
-            question, answer = self._task(captions[asked], boxes[asked] if count > 1 else None)
-            head = [t.end_of_text, *shown, t.end_of_chunk, *question]
-            rows.append((head, answer, captions[asked], boxes[asked]))
-        return self._batch(torch.zeros(batch, 0, 3, self.size, self.size), rows)
+            rows.append(self._row(captions[asked], boxes[asked], count > 1))
+        return self._batch(torch.zeros(batch, 0, 3, self.size, self.size), rows), *shown
 
     def mean_box(self) -> Tensor:
         """`[4]` the mean of the boxes of many scenes: the best guess of those who do not look."""
@@ -176,12 +174,13 @@ class Grounding(Sequences):
             if not any(_touch(boxes[i], boxes[j]) for i in range(count) for j in range(i)):
                 return [tuple(box) for box in (boxes / self.size).tolist()]
 
-    def _task(self, caption: int, box: Box | None) -> tuple[list[int], list[int]]:
-        """A question and its answer: where something is, or, without a box, what it is, which needs no question."""
+    def _row(self, caption: int, box: Box, where: bool) -> _Row:
+        """The places, then a question and its answer: where something is, or what it is, which needs no question."""
         t, name = self.tokenizer, self.dataset.captions[caption]
-        if box is None:
-            return [], [*t.encode(name), t.end_of_text]
-        return t.encode(QUESTION.format(name)), [*t.encode(box_text(box)), t.end_of_text]
+        question = t.encode(QUESTION.format(name)) if where else []
+        answer = t.encode(box_text(box) if where else name)
+        head = [t.end_of_text, *[t.image] * self.places, *question]
+        return head, [*answer, t.end_of_text], caption, box
 
     def _captions(self, rng: np.random.Generator, batch: int, *, held_out: bool) -> SceneBatch:
         return self._draw(rng, batch, 1, held_out=held_out)
@@ -190,17 +189,15 @@ class Grounding(Sequences):
         return self._draw(rng, batch, OBJECTS, held_out=held_out)
 
     def _draw(self, rng: np.random.Generator, batch: int, count: int, *, held_out: bool) -> SceneBatch:
-        pixels, rows, t = [], [], self.tokenizer
+        pixels, rows = [], []
         for _ in range(batch):
             scene = self.scene(rng, count, held_out=held_out)
             pixels.append(scene.pixels)
             asked = int(rng.integers(count))
-            question, answer = self._task(scene.captions[asked], scene.boxes[asked] if count > 1 else None)
-            head = [t.end_of_text, *[t.image] * self.places, *question]
-            rows.append((head, answer, scene.captions[asked], scene.boxes[asked]))
+            rows.append(self._row(scene.captions[asked], scene.boxes[asked], count > 1))
         return self._batch(images.normalise(np.stack(pixels)).unsqueeze(1), rows)
 
-    def _batch(self, pixels: Tensor, rows: list[tuple[list[int], list[int], int, Box]]) -> SceneBatch:
+    def _batch(self, pixels: Tensor, rows: list[_Row]) -> SceneBatch:
         longest = max(len(head) + len(answer) for head, answer, _, _ in rows)
         ids = torch.full((len(rows), longest), self.tokenizer.pad)
         for n, (head, answer, _, _) in enumerate(rows):

@@ -12,7 +12,8 @@ from mmkernels.data import Dataset, Grounding, SceneBatch, Tokenizer
 from mmkernels.data.grounding import boxes_in, iou
 from mmkernels.data.grounding import texts as scene_texts
 from mmkernels.models import CogVLMConfig, Stage
-from mmkernels.models.base import IGNORE
+from mmkernels.models.base import IGNORE, fill_places, next_token_loss
+from mmkernels.models.cogvlm import Types
 from mmkernels.train.evaluate import evaluating, shuffle
 from mmkernels.train.objectives import Objectives
 
@@ -29,9 +30,9 @@ def grounding(dataset: Dataset, tokenizer: Tokenizer, config: CogVLMConfig, seed
 
 
 class CogVLMObjectives(Objectives):
-    """`patches`: the tower tells, for every patch, which object covers its centre and in which pixels that object's sides are,
-    through a linear head that is thrown away after the stage. `echoes`: the language model alone. `captions`, `boxes`: its
-    answers behind a scene.
+    """`patches`: the tower tells, for every patch, which object covers its centre and in which pixels that object's sides are.
+    `echoes`: the language model alone is told the same by a code at every place, and answers. `captions`, `boxes`: its answers
+    behind a scene. What reads the patches and what makes the codes (`Sight`) are thrown away after the stage.
     """
 
     model: Any
@@ -39,8 +40,11 @@ class CogVLMObjectives(Objectives):
 
     def __init__(self, model: Any, sequences: Grounding, batch: int, device: str) -> None:
         super().__init__(model, sequences, batch, device)
-        self.kinds = len(sequences.dataset.captions) + 1  # the last one is nothing
-        self.head = nn.Linear(model.config.vision.width, self.kinds + 4 * (sequences.size + 1)).to(device)
+        kinds, widths = (
+            len(sequences.dataset.captions) + 1,
+            (model.config.vision.width, model.config.lm.block.width),
+        )
+        self.head = Sight(kinds, sequences.size, *widths).to(device)
 
     def names(self) -> tuple[str, ...]:
         return ("patches", "echoes", "captions", "boxes")
@@ -52,7 +56,7 @@ class CogVLMObjectives(Objectives):
 
     def parameters(self, stage: Stage) -> list[dict]:
         groups = stage.parameter_groups(self.model)
-        if "patches" in stage.losses:
+        if {"patches", "echoes"} & {*stage.losses}:
             groups.append({"params": list(self.head.parameters()), "weight_decay": 0.0})
         return groups
 
@@ -64,26 +68,63 @@ class CogVLMObjectives(Objectives):
         size = self._size(name, stage.mix)
         if name == "patches":
             return self._patches(*(t.to(self.device) for t in self.sequences.scenes(number, size)))
+        if name == "echoes":
+            return self._echoes(*self.sequences.echoes(number, size))
         batch = getattr(self.sequences, name)(number, size)
         ids, mask, labels = (t.to(self.device) for t in (batch.input_ids, batch.attention_mask, batch.labels))
-        if name == "echoes":
-            return self.model(None, ids, mask, labels).loss
         return self.model(batch.images.to(self.device), ids, mask, labels).loss
 
     def _patches(self, pixels: Tensor, captions: Tensor, boxes: Tensor) -> Tensor:
-        told = self.head(self.model.vision(pixels)[:, 1:]).float()
-        kinds, sides = told[..., : self.kinds], told[..., self.kinds :].unflatten(-1, (4, -1))
-        owner, covered = owners(boxes, round(told.shape[1] ** 0.5))
-        kind = torch.where(covered, captions.gather(1, owner), self.kinds - 1)
-        box = (boxes * self.sequences.size).round().long()
-        side = torch.where(
-            covered.unsqueeze(-1), box.gather(1, owner.unsqueeze(-1).expand(-1, -1, 4)), IGNORE
-        )
+        kinds, sides = self.head.read(self.model.vision(pixels)[:, 1:])
         what, where = (
             F.cross_entropy(found.flatten(0, -2), true.flatten(), ignore_index=IGNORE)
-            for found, true in ((kinds, kind), (sides, side))
+            for found, true in zip((kinds, sides), self._shown(captions, boxes), strict=True)
         )
         return what + where
+
+    def _shown(self, captions: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """What the patches show: kind `[B, P]`, the last one being nothing, and sides in pixels `[B, P, 4]`, -100 there."""
+        owner, covered = owners(
+            boxes, self.model.config.vision.image_size // self.model.config.vision.patch_size
+        )
+        kind = torch.where(covered, captions.gather(1, owner), self.head.kinds - 1)
+        box = (boxes * self.sequences.size).round().long()
+        side = box.gather(1, owner.unsqueeze(-1).expand(-1, -1, 4))
+        return kind, torch.where(covered.unsqueeze(-1), side, IGNORE)
+
+    def _echoes(self, batch: SceneBatch, *objects: Tensor) -> Tensor:
+        """The text's weights at every place, where a picture's will stand."""
+        model = self.model
+        ids, mask, labels = (t.to(self.device) for t in (batch.input_ids, batch.attention_mask, batch.labels))
+        place = ids == model.tokens.image
+        codes = self.head.code(*self._shown(*(t.to(self.device) for t in objects)))
+        x = fill_places(model.lm.embed(ids), place, codes)
+        x, seen = model.place(x, mask, None, Types(place.long(), plain=True))
+        for index in range(len(model.lm.blocks)):
+            x = model.block(index, x, seen, None)
+        return next_token_loss(model.lm.logits(x), labels)
+
+
+class Sight(nn.Module):
+    """What a patch shows, read from the tower's features and written for the language model: an object's kind and sides."""
+
+    def __init__(self, kinds: int, size: int, vision: int, text: int) -> None:
+        super().__init__()
+        self.kinds, self.sides = kinds, size + 1
+        self.reader = nn.Linear(vision, kinds + 4 * self.sides)
+        self.codes = nn.Embedding(kinds + 4 * self.sides, text)
+        nn.init.normal_(self.codes.weight, std=0.3)
+
+    def read(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, P, width]` -> logits of the kind `[B, P, kinds]` and of the sides `[B, P, 4, size + 1]`."""
+        told = self.reader(features).float()
+        return told[..., : self.kinds], told[..., self.kinds :].unflatten(-1, (4, -1))
+
+    def code(self, kind: Tensor, side: Tensor) -> Tensor:
+        """kind `[B, P]` and sides `[B, P, 4]`, -100 where there are none -> `[B, P + 2, C]`, zero at begin and end."""
+        known, offset = side != IGNORE, self.kinds + self.sides * torch.arange(4, device=side.device)
+        sides = self.codes(torch.where(known, side, 0) + offset) * known.unsqueeze(-1)
+        return F.pad(self.codes(kind) + sides.sum(-2), (0, 0, 1, 1))
 
 
 def owners(boxes: Tensor, side: int) -> tuple[Tensor, Tensor]:
