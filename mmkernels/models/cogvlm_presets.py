@@ -66,7 +66,7 @@ _TOWERS = Stage(
     learning_rate=2e-3,
     schedule="cosine",
     warmup=0.1,
-    steps=350,
+    steps=500,
 )
 _TINY_LM = DecoderConfig(
     "llama",
@@ -110,7 +110,7 @@ COGVLM = {
         stages=(
             _TOWERS,
             _small(_CAPTIONING, {"captions": 1.0}, 2e-3, 50),
-            _small(_REFERRING, {"captions": 0.2, "boxes": 1.0}, 3e-3, 300),
+            _small(_REFERRING, {"captions": 0.2, "boxes": 1.0}, 3e-3, 400),
             _small(_SFT, {"captions": 0.2, "boxes": 1.0}, 1.5e-3, 75),
         ),
     ),
