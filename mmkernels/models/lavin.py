@@ -12,7 +12,7 @@ from mmkernels.layers._published import Rule, Table
 from mmkernels.layers.attention import KVCache, Visibility
 from mmkernels.layers.decoder import Decoder, DecoderConfig
 from mmkernels.layers.vision import VisionConfig, VisionTower
-from mmkernels.models.base import IGNORE, Cache, MultimodalModel, Output, Tokens
+from mmkernels.models.base import IGNORE, Cache, MultimodalModel, Output, Tokens, fill_places
 from mmkernels.models.lavin_text import NOTHING, Marks, lay_out
 from mmkernels.models.lavin_text import insert_images as insert_images
 from mmkernels.models.stages import Stage
@@ -157,25 +157,16 @@ class Lavin(MultimodalModel):
         written = torch.where((place & self._beyond(self.tokens.image)) | modality, 0, input_ids)
         x = self.lm.embed(written)
         if media is not None and media.shape[1] > 0:
-            index = (place.cumsum(1) - 1).clamp(0, self.config.places - 1).unsqueeze(-1).expand_as(x)
-            x = torch.where(place.unsqueeze(-1), media.flatten(1, 2).to(x.dtype).gather(1, index), x)
+            x = fill_places(x, place, media.flatten(1, 2))
         else:
-            x = self._keep_reachable(x)
+            sees = [self.vision, self.adapter_proj]
+            x = self.keep_reachable(x, sees, self.config.vision.image_size)
         kind = self.adapter_modality_embedding(place.any(1).long()).to(x.dtype)
         return torch.where(modality.unsqueeze(-1), kind.unsqueeze(1), x)
 
     def _beyond(self, token: int) -> bool:
         """Whether a token has no row in the embedding."""
         return not 0 <= token < self.config.lm.vocab
-
-    def _keep_reachable(self, x: Tensor) -> Tensor:
-        """In training a batch without pictures reads a black one, times 0: every rank's graph has the same parameters."""
-        sees = (*self.vision.parameters(), *self.adapter_proj.parameters())
-        if not (self.training and torch.is_grad_enabled() and any(p.requires_grad for p in sees)):
-            return x
-        side = self.config.vision.image_size
-        nothing = torch.zeros(1, 1, 3, side, side, dtype=x.dtype, device=x.device)
-        return x + 0 * self.encode(nothing).mean().to(x.dtype)
 
     def forward(
         self,

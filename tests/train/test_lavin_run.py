@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from learning import losses_of
 from PIL import Image
 
 from mmkernels import data, models
@@ -79,17 +80,9 @@ def test_held_out_texts_are_pairs_that_training_never_asks_about(setting):
 def test_every_loss_learns_its_batch(setting, name):
     model, drawn = setting
     stage = model.stages()[1 if name == "mixture" else 0]
-    stage = replace(stage, losses={name: 1.0}, mix={name: 1.0})
-    stage.freeze(model)
-    objectives = LavinObjectives(model, drawn, 4, "cpu")
-    optimizer = torch.optim.AdamW(objectives.parameters(stage), lr=5e-3)
-    losses = []
-    for _ in range(10):
-        loss = objectives.loss(name, 0, stage)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    losses = losses_of(
+        lambda: LavinObjectives(model, drawn, 4, "cpu"), model, stage, name, rate=5e-3, steps=10
+    )
     assert losses[-1] < 0.8 * losses[0]
 
 

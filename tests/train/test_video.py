@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from learning import losses_of
 from PIL import Image
 
 from mmkernels import data, models
@@ -27,17 +28,7 @@ def setting():
 def test_every_loss_learns_its_batch(setting, name):
     model, videos = setting
     stage = model.stages()[-1 if name == "videos" else 0]
-    stage = replace(stage, losses={name: 1.0}, mix={name: 1.0})
-    stage.freeze(model)
-    objectives = VideoObjectives(model, videos, 4, "cpu")
-    optimizer = torch.optim.AdamW(objectives.parameters(stage), lr=2e-3)
-    losses = []
-    for _ in range(8):
-        loss = objectives.loss(name, 0, stage)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    losses = losses_of(lambda: VideoObjectives(model, videos, 4, "cpu"), model, stage, name)
     assert losses[-1] < 0.7 * losses[0]
 
 
