@@ -19,7 +19,7 @@ from mmkernels.primitives._case import Case, Cost, Inputs, Peer, Room, Unsuited
 from mmkernels.primitives._op import BACKENDS, OPS
 
 CPU_FLOPS = 5e10  # a larger forward pass would keep two cores busy for minutes
-CPU_SECONDS = 0.4  # at the rate of the library's products in the row's dtype: bfloat16 runs at 1 % of float32's on some CPUs
+CPU_SECONDS = 0.2  # at the rate of the library's products in the row's dtype: bfloat16 runs at 1 % of float32's on some CPUs
 GATE_BYTES = 3e8  # the float64 law is dense: a row whose scores are larger is judged with fewer samples
 
 
