@@ -20,4 +20,6 @@ def test_numpy_arrays_pass_through_without_a_copy() -> None:
     scores = np.einsum("thd,mhd->thm", q, k, dtype="float64") / 8
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    np.testing.assert_allclose(np.from_dlpack(out), np.einsum("thm,mhd->thd", weights, v), rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(
+        np.from_dlpack(out), np.einsum("thm,mhd->thd", weights, v), rtol=2e-5, atol=2e-6
+    )
