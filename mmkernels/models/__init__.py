@@ -17,6 +17,8 @@ from mmkernels.models.cogvlm import CogVLMConfig as CogVLMConfig
 from mmkernels.models.flamingo import Flamingo as Flamingo
 from mmkernels.models.flamingo import FlamingoConfig as FlamingoConfig
 from mmkernels.models.flamingo import flamingo_labels as flamingo_labels
+from mmkernels.models.fuyu import Fuyu as Fuyu
+from mmkernels.models.fuyu import FuyuConfig as FuyuConfig
 from mmkernels.models.lavin import Lavin as Lavin
 from mmkernels.models.lavin import LavinConfig as LavinConfig
 from mmkernels.models.llama_vid import LlamaVid as LlamaVid
@@ -36,6 +38,7 @@ Config = (
     | Blip2Seq2SeqConfig
     | CogVLMConfig
     | FlamingoConfig
+    | FuyuConfig
     | LavinConfig
     | LlamaVidConfig
     | QwenVLConfig
@@ -43,6 +46,7 @@ Config = (
 _FAMILIES = {
     CogVLMConfig: CogVLM,
     FlamingoConfig: Flamingo,
+    FuyuConfig: Fuyu,
     LavinConfig: Lavin,
     LlamaVidConfig: LlamaVid,
     Blip2Config: Blip2,

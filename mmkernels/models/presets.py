@@ -10,6 +10,7 @@ from mmkernels.models import language
 from mmkernels.models.base import Tokens
 from mmkernels.models.cogvlm_presets import COGVLM
 from mmkernels.models.flamingo import CrossConfig, FlamingoConfig, ResamplerConfig
+from mmkernels.models.fuyu_presets import FUYU
 from mmkernels.models.lavin_presets import LAVIN
 from mmkernels.models.llama_vid_presets import LLAMA_VID
 from mmkernels.models.qformer_presets import QFORMER_MODELS
@@ -60,6 +61,7 @@ def _flamingo(lm: DecoderConfig, every: int, stage: Stage = _OPEN_FLAMINGO) -> F
 
 PRESETS = (
     COGVLM
+    | FUYU
     | LAVIN
     | LLAMA_VID
     | QFORMER_MODELS
