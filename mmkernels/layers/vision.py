@@ -25,7 +25,8 @@ class VisionConfig:
     `post_norm` also norms the patches that come out. `class_token=False` leaves it out. With `any_size` images may have other
     sizes, whole patches each way: the positions are stretched to them. EVA has no `pre_norm`, a `patch_bias`, and hands on its
     class token (`keep_class`). LaVIN has an `adapter` in every block and takes the class token alone, after every
-    `class_every` blocks. `norm_after` is `BlockConfig`'s.
+    `class_every` blocks. `norm_after` is `BlockConfig`'s. `select_layer` says which hidden state comes out: 0 is what
+    enters the first block, -1 what leaves the last one; blocks behind it are kept as published and never run.
     """
 
     image_size: int
@@ -45,6 +46,12 @@ class VisionConfig:
     adapter: AdapterConfig | None = None
     class_every: int | None = None
     norm_after: bool = False
+    select_layer: int = -1
+
+    @property
+    def depth(self) -> int:
+        """Blocks that run."""
+        return self.select_layer + (self.layers + 1 if self.select_layer < 0 else 0)
 
     @property
     def patches(self) -> int:
@@ -80,6 +87,8 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         c = self.config = config
+        if not 0 <= c.depth <= c.layers:
+            raise ValueError(f"select_layer: got {c.select_layer}, expected {-c.layers - 1} to {c.layers}")
         self.patch = nn.Linear(3 * c.patch_size**2, c.width, bias=c.patch_bias)
         self.class_token = nn.Parameter(torch.randn(c.width) * c.width**-0.5) if c.class_token else None
         self.positions = nn.Parameter(torch.randn(c.patches + c.class_token, c.width) * c.width**-0.5)
@@ -111,7 +120,7 @@ class VisionTower(nn.Module):
         lo = torch.zeros(x.shape[:2], dtype=torch.int32, device=x.device)
         seen = Visibility(lo, torch.full_like(lo, x.shape[1]))
         classes = []
-        for n, block in enumerate(self.blocks, start=1):
+        for n, block in enumerate(self.blocks[: self.config.depth], start=1):
             x = block(x, seen)
             if self.config.class_every is not None and n % self.config.class_every == 0:
                 classes.append(x[:, 0])

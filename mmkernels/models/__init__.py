@@ -23,6 +23,8 @@ from mmkernels.models.lavin import Lavin as Lavin
 from mmkernels.models.lavin import LavinConfig as LavinConfig
 from mmkernels.models.llama_vid import LlamaVid as LlamaVid
 from mmkernels.models.llama_vid import LlamaVidConfig as LlamaVidConfig
+from mmkernels.models.llava import Llava as Llava
+from mmkernels.models.llava import LlavaConfig as LlavaConfig
 from mmkernels.models.presets import PRESETS as _PRESETS
 from mmkernels.models.qformer import Blip2 as Blip2
 from mmkernels.models.qformer import Blip2Config as Blip2Config
@@ -41,6 +43,7 @@ Config = (
     | FuyuConfig
     | LavinConfig
     | LlamaVidConfig
+    | LlavaConfig
     | QwenVLConfig
 )
 _FAMILIES = {
@@ -49,6 +52,7 @@ _FAMILIES = {
     FuyuConfig: Fuyu,
     LavinConfig: Lavin,
     LlamaVidConfig: LlamaVid,
+    LlavaConfig: Llava,
     Blip2Config: Blip2,
     Blip2Seq2SeqConfig: Blip2Seq2Seq,
     QwenVLConfig: QwenVL,

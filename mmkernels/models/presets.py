@@ -13,6 +13,7 @@ from mmkernels.models.flamingo import CrossConfig, FlamingoConfig, ResamplerConf
 from mmkernels.models.fuyu_presets import FUYU
 from mmkernels.models.lavin_presets import LAVIN
 from mmkernels.models.llama_vid_presets import LLAMA_VID
+from mmkernels.models.llava_presets import LLAVA
 from mmkernels.models.qformer_presets import QFORMER_MODELS
 from mmkernels.models.qwen_presets import QWEN_VL
 from mmkernels.models.stages import Stage
@@ -64,6 +65,7 @@ PRESETS = (
     | FUYU
     | LAVIN
     | LLAMA_VID
+    | LLAVA
     | QFORMER_MODELS
     | QWEN_VL
     | {
