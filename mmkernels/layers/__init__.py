@@ -14,6 +14,7 @@ from mmkernels.layers.mixture_adapter import MixtureAdapter as MixtureAdapter
 from mmkernels.layers.mlp import MLP as MLP
 from mmkernels.layers.modality_adapter import AdapterConfig as AdapterConfig
 from mmkernels.layers.modality_adapter import ModalityAdapter as ModalityAdapter
+from mmkernels.layers.monkey_block import MonkeyBlock as MonkeyBlock
 from mmkernels.layers.positions import interpolate_positions as interpolate_positions
 from mmkernels.layers.positions import sincos_positions as sincos_positions
 from mmkernels.layers.projector import Projector as Projector

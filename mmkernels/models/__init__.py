@@ -25,6 +25,8 @@ from mmkernels.models.llama_vid import LlamaVid as LlamaVid
 from mmkernels.models.llama_vid import LlamaVidConfig as LlamaVidConfig
 from mmkernels.models.llava import Llava as Llava
 from mmkernels.models.llava import LlavaConfig as LlavaConfig
+from mmkernels.models.monkey import Monkey as Monkey
+from mmkernels.models.monkey import MonkeyConfig as MonkeyConfig
 from mmkernels.models.presets import PRESETS as _PRESETS
 from mmkernels.models.qformer import Blip2 as Blip2
 from mmkernels.models.qformer import Blip2Config as Blip2Config
@@ -44,6 +46,7 @@ Config = (
     | LavinConfig
     | LlamaVidConfig
     | LlavaConfig
+    | MonkeyConfig
     | QwenVLConfig
 )
 _FAMILIES = {
@@ -55,6 +58,7 @@ _FAMILIES = {
     LlavaConfig: Llava,
     Blip2Config: Blip2,
     Blip2Seq2SeqConfig: Blip2Seq2Seq,
+    MonkeyConfig: Monkey,
     QwenVLConfig: QwenVL,
 }
 

@@ -14,6 +14,7 @@ from mmkernels.models.fuyu_presets import FUYU
 from mmkernels.models.lavin_presets import LAVIN
 from mmkernels.models.llama_vid_presets import LLAMA_VID
 from mmkernels.models.llava_presets import LLAVA
+from mmkernels.models.monkey_presets import MONKEY
 from mmkernels.models.qformer_presets import QFORMER_MODELS
 from mmkernels.models.qwen_presets import QWEN_VL
 from mmkernels.models.stages import Stage
@@ -66,6 +67,7 @@ PRESETS = (
     | LAVIN
     | LLAMA_VID
     | LLAVA
+    | MONKEY
     | QFORMER_MODELS
     | QWEN_VL
     | {
