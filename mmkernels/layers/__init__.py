@@ -21,9 +21,9 @@ from mmkernels.layers.projector import Projector as Projector
 from mmkernels.layers.qformer import QFormer as QFormer
 from mmkernels.layers.qformer_layer import QFormerConfig as QFormerConfig
 from mmkernels.layers.qwen_resampler import QwenResampler as QwenResampler
-from mmkernels.layers.regions import pool_size as pool_size
 from mmkernels.layers.resampler import PerceiverResampler as PerceiverResampler
 from mmkernels.layers.spatial_resampler import SpatialResampler as SpatialResampler
+from mmkernels.layers.spatial_resampler import pool_size as pool_size
 from mmkernels.layers.t5 import T5 as T5
 from mmkernels.layers.t5 import T5Cache as T5Cache
 from mmkernels.layers.t5 import T5Config as T5Config

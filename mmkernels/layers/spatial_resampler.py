@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,13 +11,25 @@ from torch import Tensor, nn
 from mmkernels.layers._published import Rule, Table, renames
 from mmkernels.layers.positions import interpolate_positions
 from mmkernels.layers.qwen_resampler import QwenResampler
-from mmkernels.layers.regions import pool_size, region_weights
+from mmkernels.ops import sliced_image
+from mmkernels.ops.sliced_image import region_attention
 from mmkernels.primitives import _check
 from mmkernels.primitives.interval_attention import interval_attention
 
 RELEASES = ("original", "eccv", "slime")
 _SOURCES = {"original": ("llava_uhd",), "eccv": ("llava_uhd",), "slime": ("slime",)}
 _WITHIN = {"llava_uhd": "model.mm_projector.", "slime": "model.sampler.post_qformer."}
+
+
+def pool_size(ratio: float) -> tuple[int, int]:
+    """How many cells (width, height) a region of a map with this ratio of width to height is pooled into.
+
+    The first of seven sizes, in the published order, whose ratio is nearest by logarithm.
+    **Raises** ValueError for ratios that are not positive and finite. **Source** LLaVA-UHD, ECCV release.
+    """
+    if not (ratio > 0 and math.isfinite(ratio)):
+        raise ValueError(f"ratio: got {ratio}, expected a positive number")
+    return sliced_image.pool_size(ratio)
 
 
 class SpatialResampler(QwenResampler):
@@ -98,30 +112,18 @@ class SpatialResampler(QwenResampler):
         return o.transpose(1, 2).flatten(2)  # type: ignore[union-attr]
 
     def _regions(self, c: Tensor, sizes: list[tuple[int, int]], count: Tensor) -> Tensor:
-        """Keys and values are projected before they are pooled: there are fewer of them, and pooling is linear."""
-        q = self.queries().unflatten(-1, (self.heads, -1))
-        out = c.new_zeros(c.shape[0], *self.query.shape).to(q.dtype)
-        for size in dict.fromkeys(sizes):
-            rows = [n for n, other in enumerate(sizes) if other == size]
-            index = torch.tensor(rows, device=c.device)
-            cells = c[index, : size[0] * size[1]]
-            k = self._pool(self._keys(cells + self._table(size, c.dtype), bias=False), size)
-            v = self._pool(self._values(cells, bias=False), size)
-            _, bk, bv = self.qkv.bias.to(k.dtype).chunk(3)
-            k, v = ((t + b).unflatten(-1, (self.heads, -1)) for t, b in ((k, bk), (v, bv)))
-            p = (torch.einsum("qhd,sqkhd->sqhk", q, k) * q.shape[-1] ** -0.5).softmax(-1)
-            out = out.index_copy(0, index, torch.einsum("sqhk,sqkhd->sqhd", p, v).flatten(2))
-        return out
-
-    def _pool(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """RoIAlign of a map `[S, h w, C]` over the regions -> `[S, grid^2, oh ow, C]`."""
-        (h, w), (ow, oh) = size, pool_size(size[1] / size[0])
-        rows, columns = (
-            region_weights(cells, self.grid, bins, dtype=x.dtype, device=x.device)
-            for cells, bins in ((h, oh), (w, ow))
-        )
-        pooled = torch.einsum("iay,jbx,syxc->sijabc", rows, columns, x.unflatten(1, (h, w)))
-        return pooled.flatten(3, 4).flatten(1, 2)
+        """Keys and values are projected before they are pooled: there are fewer of them, and pooling is linear. A bias of keys
+        moves all scores of a query alike, one of values comes out as it is.
+        """
+        if not sizes:
+            return c.new_zeros(0, *self.query.shape)
+        packed = torch.cat([row[: h * w] for row, (h, w) in zip(c, sizes, strict=True)])
+        positions = torch.cat([self._table(size, c.dtype) for size in sizes])
+        k, v = self._keys(packed + positions, bias=False), self._values(packed, bias=False)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (self.queries(), k, v))
+        hw = torch.tensor(sizes, dtype=torch.int64, device=c.device)
+        o = region_attention(q, k, v, hw, grid=self.grid).flatten(2)
+        return o + self.qkv.bias.chunk(3)[2].to(o.dtype)
 
     def _keys(self, x: Tensor, *, bias: bool = True) -> Tensor:
         _, weight, _ = self.qkv.weight.chunk(3)

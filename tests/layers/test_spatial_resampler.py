@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from mmkernels.layers import MixtureAdapter, SpatialResampler, TextGuidedRouter, pool_size, sincos_positions
-from mmkernels.layers.regions import region_weights
 
 RELEASES = ("original", "eccv", "slime")
 SIZES = torch.tensor([[4, 6], [2, 3], [4, 6], [1, 20], [5, 5]])
@@ -85,17 +84,6 @@ def test_pool_sizes():
     for ratio in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="ratio: got"):
             pool_size(ratio)
-
-
-def test_regions_of_a_line():
-    """Two regions of two bins over four cells: a bin is one cell long, its one point lies between two of them."""
-    got = region_weights(4, 2, 2, dtype=torch.float64, device=torch.device("cpu"))
-    want = [[[0.5, 0.5, 0, 0], [0, 0.5, 0.5, 0]], [[0, 0, 0.5, 0.5], [0, 0, 0, 1.0]]]
-    assert got.tolist() == want
-    thin = region_weights(2, 12, 3, dtype=torch.float64, device=torch.device("cpu"))
-    assert thin.shape == (12, 3, 2)
-    assert thin[-1, -1].sum() == 0  # a region of length 1 that begins at 11 / 6 leaves the line
-    assert ((thin[:6].sum(-1) - 1).abs() < 1e-12).all()
 
 
 def test_bad_input_is_refused_by_name():
