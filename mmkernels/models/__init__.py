@@ -25,6 +25,8 @@ from mmkernels.models.llama_vid import LlamaVid as LlamaVid
 from mmkernels.models.llama_vid import LlamaVidConfig as LlamaVidConfig
 from mmkernels.models.llava import Llava as Llava
 from mmkernels.models.llava import LlavaConfig as LlavaConfig
+from mmkernels.models.llava_uhd import LlavaUHD as LlavaUHD
+from mmkernels.models.llava_uhd import LlavaUHDConfig as LlavaUHDConfig
 from mmkernels.models.monkey import Monkey as Monkey
 from mmkernels.models.monkey import MonkeyConfig as MonkeyConfig
 from mmkernels.models.presets import PRESETS as _PRESETS
@@ -35,6 +37,8 @@ from mmkernels.models.qformer_seq2seq import Blip2Seq2Seq as Blip2Seq2Seq
 from mmkernels.models.qformer_seq2seq import Blip2Seq2SeqConfig as Blip2Seq2SeqConfig
 from mmkernels.models.qwen_vl import QwenVL as QwenVL
 from mmkernels.models.qwen_vl import QwenVLConfig as QwenVLConfig
+from mmkernels.models.slime import Slime as Slime
+from mmkernels.models.slime import SlimeConfig as SlimeConfig
 from mmkernels.models.stages import Stage as Stage
 
 Config = (
@@ -46,8 +50,10 @@ Config = (
     | LavinConfig
     | LlamaVidConfig
     | LlavaConfig
+    | LlavaUHDConfig
     | MonkeyConfig
     | QwenVLConfig
+    | SlimeConfig
 )
 _FAMILIES = {
     CogVLMConfig: CogVLM,
@@ -58,8 +64,10 @@ _FAMILIES = {
     LlavaConfig: Llava,
     Blip2Config: Blip2,
     Blip2Seq2SeqConfig: Blip2Seq2Seq,
+    LlavaUHDConfig: LlavaUHD,
     MonkeyConfig: Monkey,
     QwenVLConfig: QwenVL,
+    SlimeConfig: Slime,
 }
 
 

@@ -14,9 +14,11 @@ from mmkernels.models.fuyu_presets import FUYU
 from mmkernels.models.lavin_presets import LAVIN
 from mmkernels.models.llama_vid_presets import LLAMA_VID
 from mmkernels.models.llava_presets import LLAVA
+from mmkernels.models.llava_uhd_presets import LLAVA_UHD
 from mmkernels.models.monkey_presets import MONKEY
 from mmkernels.models.qformer_presets import QFORMER_MODELS
 from mmkernels.models.qwen_presets import QWEN_VL
+from mmkernels.models.slime_presets import SLIME
 from mmkernels.models.stages import Stage
 
 # the released models add three tokens to the 50,277 of the GPT-NeoX tokenizer and cut the padded tables to them
@@ -67,7 +69,9 @@ PRESETS = (
     | LAVIN
     | LLAMA_VID
     | LLAVA
+    | LLAVA_UHD
     | MONKEY
+    | SLIME
     | QFORMER_MODELS
     | QWEN_VL
     | {

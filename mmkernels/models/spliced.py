@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkernels.models.base import IGNORE, Cache, MultimodalModel, Tokens, fill_places
+from mmkernels.models.base import IGNORE, Cache, MultimodalModel, Tokens
 from mmkernels.models.places import Expanded, pad_rows
 from mmkernels.models.stages import Stage
+from mmkernels.ops.sliced_image import splice_embeddings
 from mmkernels.primitives import _check
+
+TOWER = "model.vision_tower.vision_tower.vision_model."  # where LLaVA and what grew from it keep a CLIP tower
 
 
 class Spliced(MultimodalModel):
@@ -67,7 +70,7 @@ class Spliced(MultimodalModel):
         if media is None or media.shape[0] == 0:
             return self._reachable(x)
         _check.shapes(media=(media, f"V {x.shape[-1]}"))
-        return fill_places(x.flatten(0, 1)[None], place.flatten()[None], media[None]).view_as(x)
+        return splice_embeddings(x, media, place)
 
     def _reachable(self, x: Tensor) -> Tensor:
         """In training a batch without pictures reads a black one, times 0: every rank's graph has the same parameters."""
