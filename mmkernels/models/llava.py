@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,12 @@ from mmkernels.layers._published import Table
 from mmkernels.layers.decoder import Decoder, DecoderConfig
 from mmkernels.layers.projector import Projector
 from mmkernels.layers.vision import VisionConfig, VisionTower
-from mmkernels.models.base import Cache, MultimodalModel, Tokens, fill_places
+from mmkernels.models.anyres import Plan, merge_batch
+from mmkernels.models.anyres import merge_anyres as merge_anyres
+from mmkernels.models.base import Cache, MultimodalModel, Output, Tokens, fill_places
 from mmkernels.models.llava_tables import published
 from mmkernels.models.places import expand_images
+from mmkernels.models.splice import splice as splice
 from mmkernels.models.stages import Stage
 from mmkernels.primitives import _check
 
@@ -40,12 +44,14 @@ class LlavaConfig:
     aspect: str = "pad"
     pinpoints: tuple[tuple[int, int], ...] = ()
     rounding: str = "llava"
-    merge: str = "spatial_unpad"
+    merge: str = "unpad"
     template: str = "v1"
     marks: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         _check.choice("aspect", self.aspect, ("square", "pad", "anyres"))
+        if self.aspect == "anyres" and self.marks is not None:
+            raise ValueError(f"marks: got {self.marks} for aspect 'anyres', expected None")
         if (self.aspect == "anyres") != bool(self.pinpoints):
             raise ValueError(
                 f"pinpoints: got {len(self.pinpoints)} for aspect {self.aspect!r}, expected them with 'anyres' alone"
@@ -84,26 +90,47 @@ class Llava(MultimodalModel):
         """The training recipe; see `Stage`."""
         return list(self.config.stages)
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, plans: Sequence[Plan] | None = None) -> Tensor:
         """Pictures -> the visual tokens `[V, C]` of all of them, one after another; a frozen side records no gradient.
 
-        **Shapes** images `[B, I, 3, S, S]`, or `[N, 3, S, S]` where rows have different numbers of them.
+        **Shapes** images `[B, I, 3, S, S]`, or `[N, 3, S, S]` where rows have different numbers of them. With `plans`
+        (`data.slicing.llava_next`), one a picture: the views of all of them as `[N, 3, S, S]`, the whole picture before its
+        tiles, or `[I, T, 3, S, S]`, where views behind a picture's own are not read. A model of tiles that is given no plans
+        takes every picture for a single tile.
+        **Raises** ValueError for shapes, and for plans that do not fit.
         """
-        images = images.flatten(0, 1) if images.dim() == 5 else images
-        return self.features(images).flatten(0, 1)
+        if plans is None:
+            images = images.flatten(0, 1) if images.dim() == 5 else images
+            x, newline = self.features(images), self.image_newline
+            if newline is not None:
+                x = torch.cat([x, newline.to(x.dtype).expand(x.shape[0], 1, -1)], 1)
+            return x.flatten(0, 1)
+        if self.image_newline is None:
+            raise ValueError(f"plans: got {len(plans)} for aspect {self.config.aspect!r}, expected None")
+        if images.dim() == 5:
+            images = _views(images, plans)
+        return merge_batch(self.features(images), plans, self.image_newline, rounding=self.config.rounding)
 
     def features(self, images: Tensor) -> Tensor:
         """images `[N, 3, S, S]` -> projected features `[N, P, C]`."""
         return self.projector(self.vision(images).to(self.projector.input.weight.dtype))
 
     def expand(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, frames: int = 1
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        frames: int = 1,
+        plans: Sequence[Plan] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Ids `[B, T]` with one image token a picture -> ids with its places, and their mask, padded on the right."""
-        c = self.config
+        """Ids `[B, T]` with one image token a picture -> ids with its places, and their mask, padded on the right.
+
+        `plans` as for `encode`: one a picture, in the order of the batch.
+        """
+        c, counts = self.config, None if plans is None else [plan.tokens for plan in plans]
         first, last = ([], []) if c.marks is None else ([c.marks[0]], [c.marks[1]])
         run = [*first, *[self.tokens.image] * c.places, *last]
-        places = expand_images(input_ids, self.tokens, run, attention_mask=attention_mask)
+        places = expand_images(input_ids, self.tokens, run, attention_mask=attention_mask, counts=counts)
         return places.ids, places.mask
 
     def embed(self, input_ids: Tensor, media: Tensor | None) -> Tensor:
@@ -128,6 +155,41 @@ class Llava(MultimodalModel):
                 f"input_ids: got {found} places for visual tokens (by row: {counts}), expected {rows}, as many as there are"
             )
 
+    def forward(
+        self,
+        images: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        plans: Sequence[Plan] | None = None,
+        media: Tensor | None = None,
+        cache: Cache | None = None,
+        last_only: bool = False,
+    ) -> Output:
+        """As `MultimodalModel.forward`, with the images and plans of `encode`, and its `[V, C]` for media."""
+        if media is None and images is not None:
+            media = self.encode(images, plans)
+        return super().forward(
+            None, input_ids, attention_mask, labels, media=media, cache=cache, last_only=last_only
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        images: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        plans: Sequence[Plan] | None = None,
+        media: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """As `MultimodalModel.generate`, with the images and plans of `encode`."""
+        if media is None and images is not None:
+            media = self.encode(images, plans)
+        return super().generate(None, input_ids, attention_mask, media=media, **options)
+
     def _check(self, ids: Tensor, mask: Tensor | None, labels: Tensor | None, cache: Cache | None) -> None:
         known = ids if ids.is_floating_point() else torch.where(ids == self.tokens.image, 0, ids)
         super()._check(known, mask, labels, cache)
@@ -137,3 +199,15 @@ class Llava(MultimodalModel):
         Hugging Face's, of any release.
         """
         return published(self, source)
+
+
+def _views(images: Tensor, plans: Sequence[Plan]) -> Tensor:
+    """The views `[N, 3, S, S]` that the plans read of pictures `[I, T, 3, S, S]` padded to one number of them."""
+    size = _check.shapes(images=(images, "I T 3 H W"))
+    most = max((plan.views for plan in plans), default=0)
+    if size["I"] != len(plans) or size["T"] < most:
+        raise ValueError(
+            f"images: got {size['I']} pictures of {size['T']} views, expected {len(plans)} of {most} or more, as plans say"
+        )
+    kept = [row[: plan.views] for row, plan in zip(images, plans, strict=True)]
+    return torch.cat(kept) if kept else images.flatten(0, 1)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mmkernels import models, weights
+from mmkernels.data import slicing
 from mmkernels.layers import VisionConfig
 from mmkernels.models.llava import LlavaConfig
 
@@ -93,3 +94,39 @@ def test_the_names_of_every_release(release):
     weights.load(ours, {named(k): v for k, v in theirs.state_dict().items()}, source="huggingface")
     assert torch.equal(ours.lm.head.weight, theirs.lm_head.weight)
     assert torch.equal(ours.projector.input.weight, theirs.model.multi_modal_projector.linear_1.weight)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_llava_next(agree, dtype):
+    """Pictures of three sizes in tiles; sizes and pinpoints are height first there."""
+    torch.manual_seed(0)
+    pinpoints = ((28, 56), (56, 28), (56, 56), (84, 28), (28, 84))
+    theirs = transformers.LlavaNextForConditionalGeneration(
+        transformers.LlavaNextConfig(
+            vision_config=VISION, text_config=TEXT, image_token_index=IMAGE, vision_feature_layer=-2,
+            vision_feature_select_strategy="default", image_grid_pinpoints=[[h, w] for w, h in pinpoints],
+        )
+    ).to(dtype).eval()  # fmt: skip
+    ours = config(aspect="anyres", pinpoints=pinpoints, rounding="hf")
+    ours = models.build(ours).to(dtype).eval()
+    sizes = [(40, 110), (100, 20), (56, 54)]
+    plans = [slicing.llava_next(w, h, pinpoints, 28, rounding="hf") for w, h in sizes]
+    most = max(plan.views for plan in plans)
+    images = torch.randn(3, most, 3, 28, 28, dtype=dtype)
+    short = torch.tensor([[5, IMAGE, 6, IMAGE, 7], [8, 9, IMAGE, 4, 3], [10, 11, 12, 0, 0]])
+    ids, mask = ours.expand(short, short != 0, plans=plans)
+    assert len({plan.grid for plan in plans}) == 3
+    labels = torch.where(mask & (ids != IMAGE), ids, -100)
+
+    def run_ours(x):
+        output = ours(x, ids, mask, labels, plans=plans)
+        return torch.cat([output.logits[mask].flatten(), output.loss.view(1).to(dtype)])
+
+    def run_theirs(x):
+        output = theirs(
+            pixel_values=x, image_sizes=torch.tensor([(h, w) for w, h in sizes]), input_ids=ids,
+            attention_mask=mask.long(), labels=labels,
+        )  # fmt: skip
+        return torch.cat([output.logits[mask].flatten(), output.loss.view(1).to(dtype)])
+
+    agree(ours, theirs, "huggingface", run_ours, run_theirs, (images,), tolerance=TOLERANCE[dtype])

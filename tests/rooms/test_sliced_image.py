@@ -23,6 +23,10 @@ from mmkernels import (
 from mmkernels.ops.sliced_image import pool_size
 from mmkernels.ops.sliced_image.regions import POOLS, pool_sizes
 
+COMPILED = pytest.mark.skipif(
+    bool(mmkernels.backends()["slice_attention"]["cpp"]), reason="nothing is compiled"
+)
+
 HW = torch.tensor([[3, 5], [4, 4], [7, 2], [1, 1], [2, 9]])
 
 
@@ -195,3 +199,38 @@ def test_every_op_says_which_kernel_serves_it() -> None:
     assert rows[-1] == ("splice_embeddings", "reference", "")
     with using("reference"):
         assert splice_embeddings(_P, _W, torch.tensor([0, 1, 2, 3])).shape == _P.shape
+
+
+def _whole(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
+    """Output and gradients of a pack, the loss being the same function of every row."""
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    out = slice_attention(*leaves, offsets)
+    weight = torch.linspace(-1, 1, out[0].numel()).view(out.shape[1:]).to(out)
+    return out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)
+
+
+@COMPILED
+@pytest.mark.parametrize("width", [64, 72, 80, 88, 104, 112])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_slice_has_the_bits_it_has_alone(width: int, dtype: torch.dtype) -> None:
+    mixes = ([77, 5, 130, 1], [3, 130, 64, 64], [130], [129, 63, 130, 200])
+    mine = torch.randn(3, 130, 2, width).to(dtype)
+    found = []
+    for n, mix in enumerate(mixes):
+        at = mix.index(130)
+        start = sum(mix[:at])
+        pack = torch.randn(3, sum(mix), 2, width).to(dtype)
+        if n == 1:
+            pack.fill_(float("nan"))
+        pack[:, start : start + 130] = mine
+        found.append([x[start : start + 130] for x in _whole(*pack.unbind(0), mix)])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@COMPILED
+def test_seventy_thousand_slices_are_one_call() -> None:
+    q = torch.randn(70_000, 1, 8)
+    hw = torch.ones(70_000, 2, dtype=torch.int64)
+    assert torch.equal(slice_attention(q, q, q, hw), q)
