@@ -10,9 +10,11 @@ from mmkernels.layers.decoder import Decoder as Decoder
 from mmkernels.layers.decoder import DecoderConfig as DecoderConfig
 from mmkernels.layers.gated_cross_attention import GatedCrossAttentionBlock as GatedCrossAttentionBlock
 from mmkernels.layers.gated_cross_attention import project_media_all as project_media_all
+from mmkernels.layers.mixture_adapter import MixtureAdapter as MixtureAdapter
 from mmkernels.layers.mlp import MLP as MLP
 from mmkernels.layers.modality_adapter import AdapterConfig as AdapterConfig
 from mmkernels.layers.modality_adapter import ModalityAdapter as ModalityAdapter
+from mmkernels.layers.monkey_block import MonkeyBlock as MonkeyBlock
 from mmkernels.layers.positions import interpolate_positions as interpolate_positions
 from mmkernels.layers.positions import sincos_positions as sincos_positions
 from mmkernels.layers.projector import Projector as Projector
@@ -20,9 +22,12 @@ from mmkernels.layers.qformer import QFormer as QFormer
 from mmkernels.layers.qformer_layer import QFormerConfig as QFormerConfig
 from mmkernels.layers.qwen_resampler import QwenResampler as QwenResampler
 from mmkernels.layers.resampler import PerceiverResampler as PerceiverResampler
+from mmkernels.layers.spatial_resampler import SpatialResampler as SpatialResampler
+from mmkernels.layers.spatial_resampler import pool_size as pool_size
 from mmkernels.layers.t5 import T5 as T5
 from mmkernels.layers.t5 import T5Cache as T5Cache
 from mmkernels.layers.t5 import T5Config as T5Config
+from mmkernels.layers.text_router import TextGuidedRouter as TextGuidedRouter
 from mmkernels.layers.vision import VisionConfig as VisionConfig
 from mmkernels.layers.vision import VisionTower as VisionTower
 from mmkernels.layers.visual_expert import VisualExpertAttention as VisualExpertAttention
