@@ -21,25 +21,27 @@ CLIP = {
 IMAGE = 60
 
 
-def _random(model: nn.Module, seed: int = 0) -> nn.Module:
+def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
     """Weights that hide no mistake: nothing is zero or one, gates are open."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         with torch.no_grad():
             scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3
-            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator) + (parameter.dim() == 1) * 0.7)
+            parameter.copy_(
+                scale * torch.randn(parameter.shape, generator=generator) + (parameter.dim() == 1) * 0.7
+            )
     return model.eval()
 
 
-def _draw(*shape: int, seed: int = 1) -> Tensor:
+def draw(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _ids(batch: int, length: int, vocab: int = 50, seed: int = 2) -> Tensor:
+def ids_of(batch: int, length: int, vocab: int = 50, seed: int = 2) -> Tensor:
     return torch.randint(3, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def _padding(batch: int, length: int, *, left: bool) -> Tensor:
+def padding(batch: int, length: int, *, left: bool) -> Tensor:
     """The first row whole, every other shorter by three."""
     mask = torch.ones(batch, length, dtype=torch.int64)
     mask[1:, :3] = 0
@@ -51,8 +53,8 @@ def mixtral(*, left: bool = True, **changes: Any) -> Made:
         "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2,
         "vocab_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 128,
     }  # fmt: skip
-    model = _random(transformers.MixtralForCausalLM(transformers.MixtralConfig(**{**sizes, **changes})))
-    return model, {"input_ids": _ids(2, 9), "attention_mask": _padding(2, 9, left=left)}
+    model = randomised(transformers.MixtralForCausalLM(transformers.MixtralConfig(**{**sizes, **changes})))
+    return model, {"input_ids": ids_of(2, 9), "attention_mask": padding(2, 9, left=left)}
 
 
 def idefics(**changes: Any) -> Made:
@@ -68,11 +70,13 @@ def idefics(**changes: Any) -> Made:
             "resampler_n_latents": 4, "resampler_depth": 2, "resampler_n_heads": 3, "resampler_head_dim": 8,
         },
     }  # fmt: skip
-    model = _random(transformers.IdeficsForVisionText2Text(transformers.IdeficsConfig(**{**sizes, **changes})))
+    model = randomised(
+        transformers.IdeficsForVisionText2Text(transformers.IdeficsConfig(**{**sizes, **changes}))
+    )
     seen = torch.zeros(2, 9, 3, dtype=torch.int64)
     seen[0, 1:4, 0] = seen[0, 4:, 1] = seen[1, 3:, 2] = 1
     return model, {
-        "input_ids": _ids(2, 9), "attention_mask": _padding(2, 9, left=False), "pixel_values": _draw(2, 3, 3, 28, 28),
+        "input_ids": ids_of(2, 9), "attention_mask": padding(2, 9, left=False), "pixel_values": draw(2, 3, 3, 28, 28),
         "image_attention_mask": seen,
     }  # fmt: skip
 
@@ -88,7 +92,7 @@ def mllama() -> Made:
     text = {
         "hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 64,
         "num_key_value_heads": 2, "cross_attention_layers": [1], "max_position_embeddings": 128, "pad_token_id": 0,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
     vision = {
         "hidden_size": 32, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 4, "intermediate_size": 48,
@@ -101,18 +105,21 @@ def mllama() -> Made:
     seen = torch.zeros(2, 9, 1, 4, dtype=torch.int64)
     seen[0, 2:, 0, :2] = seen[1, 4:, 0, :4] = 1
     tiles = torch.tensor([[[1, 1, 0, 0]], [[1, 1, 1, 1]]])
-    return _random(model), {
-        "input_ids": _ids(2, 9), "attention_mask": _padding(2, 9, left=False), "cross_attention_mask": seen,
-        "pixel_values": _draw(2, 1, 4, 3, 28, 28), "aspect_ratio_ids": torch.tensor([[2], [4]]), "aspect_ratio_mask": tiles,
+    return randomised(model), {
+        "input_ids": ids_of(2, 9), "attention_mask": padding(2, 9, left=False), "cross_attention_mask": seen,
+        "pixel_values": draw(2, 1, 4, 3, 28, 28), "aspect_ratio_ids": torch.tensor([[2], [4]]), "aspect_ratio_mask": tiles,
     }  # fmt: skip
 
 
-def _with_image(tokens: int, lengths: tuple[int, ...], *, left: bool = True) -> dict[str, Tensor]:
+def with_image(tokens: int, lengths: tuple[int, ...], *, left: bool = True) -> dict[str, Tensor]:
     """Texts with one image of `tokens` each, padded to the longest."""
     longest = tokens + max(lengths)
-    ids, mask = torch.zeros(len(lengths), longest, dtype=torch.int64), torch.zeros(len(lengths), longest, dtype=torch.int64)
+    ids, mask = (
+        torch.zeros(len(lengths), longest, dtype=torch.int64),
+        torch.zeros(len(lengths), longest, dtype=torch.int64),
+    )
     for row, length in enumerate(lengths):
-        text = _ids(1, length, seed=row)[0]
+        text = ids_of(1, length, seed=row)[0]
         own = torch.cat([text[:2], torch.full((tokens,), IMAGE), text[2:]])
         where = slice(longest - len(own), None) if left else slice(0, len(own))
         ids[row, where], mask[row, where] = own, 1
@@ -121,25 +128,28 @@ def _with_image(tokens: int, lengths: tuple[int, ...], *, left: bool = True) -> 
 
 def llava() -> Made:
     config = transformers.LlavaConfig(vision_config=CLIP, text_config=LLAMA, image_token_index=IMAGE)
-    return _random(transformers.LlavaForConditionalGeneration(config)), {
-        **_with_image(4, (5, 9)), "pixel_values": _draw(2, 3, 28, 28)
+    return randomised(transformers.LlavaForConditionalGeneration(config)), {
+        **with_image(4, (5, 9)), "pixel_values": draw(2, 3, 28, 28)
     }  # fmt: skip
 
 
 def llava_next() -> Made:
     """A wide and a tall image: another number of patches each."""
     config = transformers.LlavaNextConfig(
-        vision_config=CLIP, text_config=LLAMA, image_token_index=IMAGE, image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]]
+        vision_config=CLIP,
+        text_config=LLAMA,
+        image_token_index=IMAGE,
+        image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]],
     )
-    model = _random(transformers.LlavaNextForConditionalGeneration(config))
+    model = randomised(transformers.LlavaNextForConditionalGeneration(config))
     sizes = torch.tensor([[28, 56], [56, 56]])
-    pixels = _draw(2, 5, 3, 28, 28)
+    pixels = draw(2, 5, 3, 28, 28)
     with torch.no_grad():
         features = model.model.get_image_features(pixels, sizes).pooler_output
     longest = max(len(f) for f in features) + 6
     ids, mask = torch.zeros(2, longest, dtype=torch.int64), torch.zeros(2, longest, dtype=torch.int64)
     for row, feature in enumerate(features):
-        own = torch.cat([_ids(1, 2)[0], torch.full((len(feature),), IMAGE), _ids(1, 4)[0]])
+        own = torch.cat([ids_of(1, 2)[0], torch.full((len(feature),), IMAGE), ids_of(1, 4)[0]])
         ids[row, longest - len(own) :], mask[row, longest - len(own) :] = own, 1
     return model, {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "image_sizes": sizes}
 
@@ -151,14 +161,14 @@ def llava_onevision() -> Made:
         vision_config=vision, text_config=text, image_token_index=IMAGE, image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]],
         vision_feature_layer=-1,
     )  # fmt: skip
-    model = _random(transformers.LlavaOnevisionForConditionalGeneration(config))
-    sizes, pixels = torch.tensor([[28, 56], [56, 56]]), _draw(2, 5, 3, 28, 28)
+    model = randomised(transformers.LlavaOnevisionForConditionalGeneration(config))
+    sizes, pixels = torch.tensor([[28, 56], [56, 56]]), draw(2, 5, 3, 28, 28)
     with torch.no_grad():
         features = model.model.get_image_features(pixels, sizes).pooler_output
     longest = max(len(f) for f in features) + 6
     ids, mask = torch.zeros(2, longest, dtype=torch.int64), torch.zeros(2, longest, dtype=torch.int64)
     for row, feature in enumerate(features):
-        own = torch.cat([_ids(1, 2)[0], torch.full((len(feature),), IMAGE), _ids(1, 4)[0]])
+        own = torch.cat([ids_of(1, 2)[0], torch.full((len(feature),), IMAGE), ids_of(1, 4)[0]])
         ids[row, : len(own)], mask[row, : len(own)] = own, 1
     return model, {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "image_sizes": sizes}
 
