@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -13,8 +14,8 @@ _VISION = {
     "patch_size": 14,
 }  # fmt: skip
 _QFORMER = {
-    "num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "cross_attention_frequency": 2,
-    "encoder_hidden_size": 32, "vocab_size": 40, "max_position_embeddings": 16,
+    "num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48,
+    "cross_attention_frequency": 2, "encoder_hidden_size": 32, "vocab_size": 40, "max_position_embeddings": 16,
 }  # fmt: skip
 _OPT = {
     "model_type": "opt", "hidden_size": 32, "num_hidden_layers": 2, "ffn_dim": 64, "num_attention_heads": 4,
@@ -85,9 +86,12 @@ def fuyu() -> Made:
         "model_type": "persimmon", "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "num_attention_heads": 4,
         "vocab_size": 64, "max_position_embeddings": 64, "qk_layernorm": True, "pad_token_id": 0,
     }  # fmt: skip
-    config = transformers.FuyuConfig(text_config=text, patch_size=14, image_token_id=IMAGE)
-    model = transformers.FuyuForCausalLM(config)
-    return randomised(model), {**with_image(4, (5, 9)), "image_patches": draw(2, 4, 588)}
+    config = transformers.FuyuConfig(text_config=text, patch_size=14, image_token_id=IMAGE, hidden_size=32)
+    model = randomised(transformers.FuyuForCausalLM(config))
+    patches = (
+        "pixel_values" if "pixel_values" in inspect.signature(model.forward).parameters else "image_patches"
+    )
+    return model, {**with_image(4, (5, 9)), patches: draw(2, 4, 588)}
 
 
 def _grids(

@@ -1,4 +1,4 @@
-"""Patched models of Hugging Face against themselves: outputs and every gradient within the accuracy rule, and 20 steps of training."""
+"""Patched Hugging Face models against themselves: outputs and every gradient within the accuracy rule, 20 steps of training."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
+
 sys.path.insert(0, str(Path(__file__).parent))
 from hf_more_models import ALL
 
 from mmkernels.integrations import hf
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # theirs, of one version or another
 # what may go to torch's attention at these sizes, and nothing else
 EXACT_PATHS = {"idefics": {"head width 6 is not a multiple of 8 up to 256"}}
 
