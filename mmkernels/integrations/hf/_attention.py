@@ -113,6 +113,8 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     seed = torch.randint(2**62, (1,), device=query.device) if dropout > 0 else None
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if found.order is not None:
+        k, v = (x.take_along_dim(found.order[:, :, None, None], 1) for x in (k, v))
     parts = [
         FORWARD(q, k, v, lo, hi, found.uniform if n == 0 else None, None, seed, scale, float(dropout))
         for n, (lo, hi) in enumerate(found.runs)

@@ -24,6 +24,7 @@ class Seen(NamedTuple):
         None  # bool [B, T]: rows whose additive mask hides every key, which softmax then averages
     )
     reason: str = ""
+    order: Tensor | None = None  # int64 [B, M]: the runs are of the keys in this order
 
 
 def interval_mask(
@@ -141,6 +142,8 @@ def _runs(visible: Tensor, uniform: Tensor | None) -> Seen:
     starts = visible & ~before
     number = starts.sum(-1)
     most = int(number.max()) if number.numel() else 0
+    if most > RUNS and bool((visible == visible[:, :1]).all()):
+        return _compacted(visible, uniform)
     if most > RUNS:
         return Seen(reason=f"rows that see {most} separate runs of keys, more than {RUNS}")
     which, runs = starts.cumsum(-1) if most > 1 else None, []
@@ -152,6 +155,16 @@ def _runs(visible: Tensor, uniform: Tensor | None) -> Seen:
         keys = visible.shape[-1]
         runs[0] = [torch.where(uniform, 0, runs[0][0]), torch.where(uniform, keys, runs[0][1])]
     return Seen(tuple((lo.int().contiguous(), hi.int().contiguous()) for lo, hi in runs), uniform)
+
+
+def _compacted(visible: Tensor, uniform: Tensor | None) -> Seen:
+    """Keys hidden from every row alike (an image padded at its right): the others first, in their order, are one run."""
+    of_sample = visible[:, 0]
+    order = (~of_sample).int().argsort(-1, stable=True)
+    hi = of_sample.sum(-1, keepdim=True, dtype=torch.int32).expand(visible.shape[:2]).contiguous()
+    if uniform is not None:
+        hi = torch.where(uniform, visible.shape[-1], hi)
+    return Seen(((torch.zeros_like(hi), hi),), uniform, order=order)
 
 
 def dense(found: Seen, keys: int) -> Tensor:
