@@ -18,7 +18,7 @@ from mmkernels.data.frames import MAX_FRAMES
 from mmkernels.data.pairs import INSTRUCTIONS
 from mmkernels.data.sequences import MAX_IMAGES
 from mmkernels.data.tokenizer import IMAGE
-from mmkernels.models import CogVLM, Lavin, LlamaVid, MultimodalModel, QwenVL, weights
+from mmkernels.models import CogVLM, Lavin, LlamaVid, MoeLlava, MultimodalModel, QwenVL, Stage, weights
 from mmkernels.models.qformer import Instruction
 from mmkernels.models.qwen_text import chat_prompt
 
@@ -44,10 +44,12 @@ class Captioner:
             raise ValueError(f"{folder / 'run.json'}: damaged, it names no model")
         if model is not None and model != name:
             raise ValueError(f"model: got {model!r} for {folder}, expected {name!r}, which was trained there")
-        built = models.build(name)
+        built, config = models.build(name), models.config(name)
+        stage = _stage(folder, config)
+        built.enter(stage)
         weights.load(built, folder / "model.safetensors")
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
-        return cls(built.to(device), tokenizer, _image_size(folder, models.config(name)))
+        return cls(built.to(device), tokenizer, stage.image_size or config.vision.image_size)
 
     def caption(
         self, pictures: Sequence[Picture], prompt: str = "", *, video: bool = False, max_new_tokens: int = 32
@@ -72,7 +74,7 @@ class Captioner:
         return self.tokenizer.decode(answer[0].tolist()).strip()
 
     def _frames(self, frames: int) -> int:
-        if isinstance(self.model, CogVLM | Lavin | QwenVL):
+        if isinstance(self.model, CogVLM | Lavin | MoeLlava | QwenVL):
             raise ValueError("video: got one for a model of pictures, expected pictures")
         if not 1 <= frames <= MAX_FRAMES:
             raise ValueError(f"video: got {frames} frames, expected 1 to {MAX_FRAMES}")
@@ -119,9 +121,8 @@ class Captioner:
         return images.normalise(np.stack(squares)).unsqueeze(0)
 
 
-def _image_size(folder: Path, config: Any) -> int:
-    """The side of the pictures in the stage where a checkpoint was taken; without its record, in the last one."""
+def _stage(folder: Path, config: Any) -> Stage:
+    """The stage where a checkpoint was taken; without its record, the last one."""
     state = folder / "checkpoint.json"
     name = store.read_json(state).get("stage") if state.is_file() else None
-    stage = next((stage for stage in config.stages if stage.name == name), config.stages[-1])
-    return stage.image_size or config.vision.image_size
+    return next((stage for stage in config.stages if stage.name == name), config.stages[-1])

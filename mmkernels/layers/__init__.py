@@ -13,6 +13,8 @@ from mmkernels.layers.gated_cross_attention import project_media_all as project_
 from mmkernels.layers.mlp import MLP as MLP
 from mmkernels.layers.modality_adapter import AdapterConfig as AdapterConfig
 from mmkernels.layers.modality_adapter import ModalityAdapter as ModalityAdapter
+from mmkernels.layers.moe import ExpertsConfig as ExpertsConfig
+from mmkernels.layers.moe import MoE as MoE
 from mmkernels.layers.positions import interpolate_positions as interpolate_positions
 from mmkernels.layers.positions import sincos_positions as sincos_positions
 from mmkernels.layers.projector import Projector as Projector
@@ -23,6 +25,8 @@ from mmkernels.layers.resampler import PerceiverResampler as PerceiverResampler
 from mmkernels.layers.t5 import T5 as T5
 from mmkernels.layers.t5 import T5Cache as T5Cache
 from mmkernels.layers.t5 import T5Config as T5Config
+from mmkernels.layers.upcycling import make_dense as make_dense
+from mmkernels.layers.upcycling import upcycle as upcycle
 from mmkernels.layers.vision import VisionConfig as VisionConfig
 from mmkernels.layers.vision import VisionTower as VisionTower
 from mmkernels.layers.visual_expert import VisualExpertAttention as VisualExpertAttention

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ class Visibility(NamedTuple):
     """What all layers of a stack share: which keys a row sees, and how positions enter.
 
     lo, hi int32 `[B, T]`; rotary `(cos, sin)`, each `[B, T, 1, R / 2]`, turns the first R of every head; slopes `[H]` is ALiBi.
-    `first [B]` is where a row's first token stands, for adapters that read it; None: at 0.
+    `first [B]` is where a row's first token stands, for adapters that read it; None: at 0. Layers with experts put their
+    `Routing` into `routings`.
     """
 
     lo: Tensor
@@ -24,6 +25,7 @@ class Visibility(NamedTuple):
     rotary: tuple[Tensor, Tensor] | None = None
     alibi_slopes: Tensor | None = None
     first: Tensor | None = None
+    routings: list[Any] | None = None
 
 
 class KVCache:

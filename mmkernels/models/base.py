@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmkernels.layers.attention import KVCache
 from mmkernels.layers.decoder import Decoder
 from mmkernels.models.sampling import Sampler, continue_text
+from mmkernels.models.stages import Stage
 from mmkernels.primitives import _check
 
 IGNORE = -100  # the label of a position that is not predicted
@@ -38,11 +39,16 @@ class Cache:
 
 @dataclass
 class Output:
-    """loss (scalar, with labels), logits `[B, T, V]`, and the cache that was passed in, now longer."""
+    """loss (scalar, with labels), logits `[B, T, V]`, and the cache that was passed in, now longer.
+
+    Where layers have experts: their `routings`, and the sum of their balancing losses, of which loss has its share.
+    """
 
     logits: Tensor
     loss: Tensor | None = None
     cache: Cache | None = None
+    aux_loss: Tensor | None = None
+    routings: Sequence[Any] = ()
 
 
 class MultimodalModel(nn.Module):
@@ -50,6 +56,11 @@ class MultimodalModel(nn.Module):
 
     lm: Decoder
     tokens: Tokens
+    balance = 0.01  # what the balancing losses of experts weigh
+
+    def enter(self, stage: Stage) -> None:
+        """Becomes what a stage trains: its parameters learn, the others do not."""
+        stage.freeze(self)
 
     def encode(self, images: Tensor) -> Tensor:
         """Pictures or videos -> media tokens, the connector's output."""
@@ -129,7 +140,11 @@ class MultimodalModel(nn.Module):
             text.length += input_ids.shape[1]
         logits = self.lm.logits(x[:, -1:] if last_only else x)
         loss = None if labels is None else next_token_loss(logits, labels)
-        return Output(logits, loss, cache)
+        routings = getattr(seen, "routings", None) or ()
+        aux = sum(routing.aux_loss for routing in routings) if routings else None
+        if loss is not None and aux is not None:
+            loss = loss + self.balance * aux
+        return Output(logits, loss, cache, aux, routings)
 
     def keep_reachable(self, x: Tensor, parts: Sequence[nn.Module], side: int) -> Tensor:
         """In training a batch without images reads a black one, times 0: every rank's graph has the same parameters."""

@@ -15,10 +15,11 @@ from mmkernels.models import (
     FlamingoConfig,
     LavinConfig,
     LlamaVidConfig,
+    MoeLlavaConfig,
     QwenVLConfig,
     Stage,
 )
-from mmkernels.train import cogvlm, lavin, qformer, qwen, seq2seq, video
+from mmkernels.train import cogvlm, lavin, moe_llava, qformer, qwen, seq2seq, video
 from mmkernels.train.objectives import Objectives
 
 
@@ -74,6 +75,7 @@ _FAMILIES = {
     Blip2Seq2SeqConfig: Family(_pairs, seq2seq.Seq2SeqObjectives, qformer.measure),
     LavinConfig: Family(lavin.mixtures, lavin.LavinObjectives, lavin.measure),
     LlamaVidConfig: Family(_videos, video.VideoObjectives, video.measure),
+    MoeLlavaConfig: Family(moe_llava.pairs, moe_llava.MoeLlavaObjectives, moe_llava.measure),
     QwenVLConfig: Family(qwen.dialogues, qwen.QwenObjectives, words=qwen.words),
 }
 
