@@ -24,8 +24,8 @@ class BlockConfig:
     """A pre-norm transformer block: `x += attention(norm(x)); x += mlp(norm(x))`, or both from one norm when `parallel`.
 
     With an `adapter` it stands before the attention. Training drops each of a sequence's two sums with probability `drop_path`.
-    With `norm_after` the residual is outside of the norm: `x += norm(attention(x)); x += norm(mlp(x))`. With `experts` the mlp is
-    a mixture of them.
+    With `norm_after` the residual is outside of the norm: `x += norm(attention(x)); x += norm(mlp(x))`. With `experts` the mlp
+    is a mixture of them.
     """
 
     width: int
@@ -86,7 +86,11 @@ class Block(nn.Module):
             qk_norm=c.qk_norm, norm=c.norm, norm_bias=c.norm_bias,
         )  # fmt: skip
         self.mlp_norm = None if c.parallel else make_norm(c.norm, c.width, eps=c.eps, bias=c.norm_bias)
-        self.mlp = MLP(c.width, c.hidden, c.activation, bias=c.mlp_bias) if c.experts is None else _experts(c, c.experts)
+        self.mlp = (
+            MLP(c.width, c.hidden, c.activation, bias=c.mlp_bias)
+            if c.experts is None
+            else _experts(c, c.experts)
+        )
         self.adapter = None if c.adapter is None else _adapter(c.width, c.adapter)
 
     def forward(self, x: Tensor, seen: Visibility, cache: KVCache | None = None, layer: int = 0) -> Tensor:

@@ -20,7 +20,9 @@ def slice_of(experts: int, group: dist.ProcessGroup) -> slice:
     """The experts of this rank: an equal run for each. **Raises** ValueError unless the ranks divide them."""
     ranks = dist.get_world_size(group)
     if experts % ranks:
-        raise ValueError(f"group: got {ranks} ranks for {experts} experts, expected a number that divides them")
+        raise ValueError(
+            f"group: got {ranks} ranks for {experts} experts, expected a number that divides them"
+        )
     share = experts // ranks
     return slice(dist.get_rank(group) * share, (dist.get_rank(group) + 1) * share)
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mmkernels.layers.mlp import ACTIVATIONS, GATED
-from mmkernels.ops.moe import ACTIVATIONS as FUSED
 from mmkernels.ops.moe import Routing, moe_ffn
+from mmkernels.ops.moe.op import ACTIVATIONS as FUSED
 from mmkernels.primitives.grouped_linear import grouped_linear
 
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]

@@ -15,7 +15,8 @@ from mmkernels.layers.expert_parallel import run_sharded, slice_of
 from mmkernels.layers.experts import experts_ffn
 from mmkernels.layers.mlp import ACTIVATIONS, GATED, MLP
 from mmkernels.layers.moe_tables import SOURCES, experts_table, experts_within
-from mmkernels.ops.moe import POLICIES, Routing, moe_capacity, moe_route
+from mmkernels.ops.moe import Routing, moe_capacity, moe_route
+from mmkernels.ops.moe.route import POLICIES
 from mmkernels.primitives import _check
 
 
@@ -36,9 +37,9 @@ class ExpertsConfig:
 class MoE(nn.Module):
     """`y = sum_j w_j ffn_{e_j}(x)` over each token's `top_k` experts, and the loss that keeps experts equally busy.
 
-    The router `softmax(x gate^T)` is computed in float32 whatever the dtypes are, and its weight stays in float32. An expert is
-    an `MLP`: the rows of `w_in [E, N, C]` are [gate; up] for the gated kinds, `w_out [E, C, F]`; without `bias` given, the kinds
-    that are not gated have biases. `policy` is `moe_route`'s: who is dropped, when weights are renormalised, which loss.
+    The router `softmax(x gate^T)` is computed in float32 whatever the dtypes are, and its weight is made in float32. An expert
+    is an `MLP`: the rows of `w_in [E, N, C]` are [gate; up] for the gated kinds, `w_out [E, C, F]`; without `bias` given, the
+    kinds that are not gated have biases. `policy` is `moe_route`'s: who is dropped, when weights are renormalised, which loss.
 
     An expert takes `max(ceil(S / E * factor * K), min_capacity)` of S tokens (`moe_capacity`): `capacity_factor` in
     training, `eval_capacity_factor` else; None takes all. `residual` adds a dense feed-forward:
@@ -71,7 +72,10 @@ class MoE(nn.Module):
         _check.positive(width=width, hidden=hidden, experts=experts, top_k=top_k)
         if top_k > experts:
             raise ValueError(f"top_k: got {top_k}, expected at most experts = {experts}")
-        for name, factor in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
+        for name, factor in (
+            ("capacity_factor", capacity_factor),
+            ("eval_capacity_factor", eval_capacity_factor),
+        ):
             if factor is not None and not 0 < factor < math.inf:
                 raise ValueError(f"{name}: got {factor}, expected a positive number or None")
         if min_capacity < 0:
@@ -100,7 +104,10 @@ class MoE(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Every expert starts as the two `nn.Linear` that it stands for."""
-        for weight, bias, inputs in ((self.w_in, self.b_in, self.width), (self.w_out, self.b_out, self.hidden)):
+        for weight, bias, inputs in (
+            (self.w_in, self.b_in, self.width),
+            (self.w_out, self.b_out, self.hidden),
+        ):
             for tensor in (weight, bias):
                 if tensor is not None:
                     nn.init.uniform_(tensor, -(inputs**-0.5), inputs**-0.5)
@@ -140,7 +147,9 @@ class MoE(nn.Module):
         here = number - self.first
         if not 0 <= here < self.w_in.shape[0]:
             last = self.first + self.w_in.shape[0] - 1
-            raise ValueError(f"number: got {number}, expected {self.first} to {last}, the experts that are here")
+            raise ValueError(
+                f"number: got {number}, expected {self.first} to {last}, the experts that are here"
+            )
         weight = self.w_in
         with torch.device(weight.device):
             made = MLP(self.width, self.hidden, self.activation, bias=self.b_in is not None).to(weight.dtype)
@@ -191,7 +200,9 @@ class MoE(nn.Module):
             return drawn.uniform_()
         return -drawn.exponential_().log()
 
-    def run(self, x: Tensor, noise: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Routing]:
+    def run(
+        self, x: Tensor, noise: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
         """As `forward`, with the whole routing; tokens where mask `[...]` is False have no expert: their y is 0."""
         _check_input(x, self.width, mask)
         flat = x.reshape(-1, self.width)
@@ -237,4 +248,6 @@ def _check_input(x: Tensor, width: int, mask: Tensor | None) -> None:
     if x.dim() < 1 or x.shape[-1] != width:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., {width}]")
     if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
-        raise ValueError(f"mask: got {mask.dtype} of shape {tuple(mask.shape)}, expected bool of {tuple(x.shape[:-1])}")
+        raise ValueError(
+            f"mask: got {mask.dtype} of shape {tuple(mask.shape)}, expected bool of {tuple(x.shape[:-1])}"
+        )

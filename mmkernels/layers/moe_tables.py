@@ -74,7 +74,11 @@ def _mixtral(experts: int, here: range) -> Table:
 
 def experts_table(source: str, experts: int, here: range, gated: bool) -> Table:
     """A layer of so many experts of which those in `here` are wanted."""
-    return _mixtral(experts, here) if source == "mixtral" else _deepspeed(experts, here, _GATED if gated else _PLAIN)
+    return (
+        _mixtral(experts, here)
+        if source == "mixtral"
+        else _deepspeed(experts, here, _GATED if gated else _PLAIN)
+    )
 
 
 def experts_within(experts: int, here: range, up: tuple[str, ...], down: str, block: str) -> Table:

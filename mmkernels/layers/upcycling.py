@@ -27,13 +27,17 @@ def placed(placement: Placement, layers: int) -> tuple[int, ...]:
     if isinstance(placement, str):
         _check.choice("placement", placement, PLACEMENTS)
         half = layers // 2
-        return tuple({"sparse": every[::2], "dense": every, "first_half": every[:half]}.get(placement, every[half:]))
+        return tuple(
+            {"sparse": every[::2], "dense": every, "first_half": every[:half]}.get(placement, every[half:])
+        )
     if isinstance(placement, int):
         _check.positive(placement=placement)
         return tuple(every[::placement])
     wrong = [n for n in placement if n not in every]
     if wrong or len(set(placement)) != len(placement):
-        raise ValueError(f"placement: got layers {list(placement)}, expected distinct ones of 0 to {layers - 1}")
+        raise ValueError(
+            f"placement: got layers {list(placement)}, expected distinct ones of 0 to {layers - 1}"
+        )
     return tuple(sorted(placement))
 
 
@@ -77,7 +81,9 @@ def has_experts(module: nn.Module) -> bool:
 def _dense_block(decoder: Decoder, layer: int) -> Block:
     block = decoder.blocks[layer]
     if not isinstance(block, Block):
-        raise ValueError(f"decoder: layer {layer} is a {type(block).__name__}, expected Block with a dense feed-forward")
+        raise ValueError(
+            f"decoder: layer {layer} is a {type(block).__name__}, expected Block with a dense feed-forward"
+        )
     if not isinstance(block.mlp, MLP):
         raise ValueError(f"decoder: layer {layer} has experts already, expected a dense feed-forward")
     return block

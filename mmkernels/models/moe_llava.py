@@ -12,14 +12,7 @@ from mmkernels.layers._published import Table, renames
 from mmkernels.layers.decoder import Block, Decoder, DecoderConfig
 from mmkernels.layers.moe import ExpertsConfig
 from mmkernels.layers.projector import Projector
-from mmkernels.layers.upcycling import (
-    Placement,
-    has_experts,
-    idle_parameters,
-    make_dense,
-    placed,
-    upcycle,
-)
+from mmkernels.layers.upcycling import Placement, has_experts, idle_parameters, make_dense, placed, upcycle
 from mmkernels.layers.vision import VisionConfig, VisionTower
 from mmkernels.models.base import Cache, MultimodalModel, Tokens, fill_places
 from mmkernels.models.places import expand_images
@@ -112,7 +105,9 @@ class MoeLlava(MultimodalModel):
         """images `[B, I, 3, H, W]` -> `[B, I, places, C]`."""
         size = _check.shapes(images=(images, "B I 3 H W"))
         patches = self.vision(images.flatten(0, 1))
-        return self.projector(patches.to(self.projector.input.weight.dtype)).unflatten(0, (size["B"], size["I"]))
+        return self.projector(patches.to(self.projector.input.weight.dtype)).unflatten(
+            0, (size["B"], size["I"])
+        )
 
     def condition(self, input_ids: Tensor, media: Tensor | None, cache: Cache | None) -> None:
         """Nothing between the blocks; on CPU the places are counted."""
@@ -125,7 +120,7 @@ class MoeLlava(MultimodalModel):
         counts = (input_ids == self.tokens.image).sum(1)
         if bool(((counts != rows) & (counts != 0)).any()):
             raise ValueError(
-                f"input_ids: got {counts.tolist()} image tokens, expected {rows} in every row, or 0 without a picture; see expand"
+                f"input_ids: got {counts.tolist()} image tokens, expected {rows} in every row, or 0 without any; see expand"
             )
 
     def embed(self, input_ids: Tensor, media: Tensor | None) -> Tensor:

@@ -17,7 +17,9 @@ _EXPERTS = ExpertsConfig(4, 2, "deepspeed_top2", capacity_factor=1.5, eval_capac
 _CLIP = replace(CLIP_L, image_size=336, layers=23)  # the last layer but one is read
 
 
-def _stage(name: str, trainable: tuple[str, ...], losses: dict[str, float], samples: float, rate: float) -> Stage:
+def _stage(
+    name: str, trainable: tuple[str, ...], losses: dict[str, float], samples: float, rate: float
+) -> Stage:
     (kind, *_) = losses
     return Stage(name, trainable, losses, {kind: samples}, rate, schedule="cosine", warmup=0.03)
 

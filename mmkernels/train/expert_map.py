@@ -23,16 +23,18 @@ def draw_experts(use: dict[str, Any], out: Path) -> Path:
     layers, experts = use["layers"], len(use[names[0]][0])
     figure = Figure(figsize=(2 + 3 * len(names), 1.6 + 0.35 * len(layers)), dpi=120, layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False)[0]
-    shown = None
+    drawn: list[Any] = []
     for axes, name in zip(panels, names, strict=True):
-        shown = axes.imshow(use[name], vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        axes.set(title=name, xlabel="expert", xticks=range(experts), yticks=range(len(layers)), yticklabels=layers)
+        drawn.append(axes.imshow(use[name], vmin=0, vmax=1, cmap="viridis", aspect="auto"))
+        axes.set(
+            title=name, xlabel="expert", xticks=range(experts), yticks=range(len(layers)), yticklabels=layers
+        )
         for row, shares in enumerate(use[name]):
             for column, share in enumerate(shares):
                 colour = "black" if share > 0.6 else "white"
                 axes.text(column, row, f"{share:.0%}", ha="center", va="center", color=colour, fontsize=8)
     panels[0].set_ylabel("layer")
-    figure.colorbar(shown, ax=panels, label="share of the modality's routes")
+    figure.colorbar(drawn[-1], ax=panels, label="share of routes")
     png = io.BytesIO()
     FigureCanvasAgg(figure).print_png(png)
     store.write(out / NAME, png.getvalue())

@@ -24,10 +24,15 @@ def pairs(dataset: Dataset, tokenizer: Tokenizer, config: MoeLlavaConfig, seed: 
     return Pairs(dataset, tokenizer, config.vision.image_size, seed=seed, places=config.places, asks=True)
 
 
+def plain(s: Pairs) -> Pairs:
+    """The same pictures, of which nothing is asked."""
+    return Pairs(s.dataset, s.tokenizer, s.size, seed=s.seed, places=s.places)
+
+
 class MoeLlavaObjectives(Objectives):
-    """`pictures`: the mean patch tells the caption's number. The others predict captions: `echoes` behind their own words in the
-    places of a picture, `captions` behind the picture, `instructions` behind the picture and a question. `balance` is the
-    experts' balancing loss in the pass before it.
+    """`pictures`: the mean patch tells the caption's number. The others predict captions: `echoes` behind their own words in
+    the places of a picture, `captions` behind the picture, `instructions` behind the picture and a question. `balance` is the
+    experts' balancing loss in the last of these passes.
     """
 
     model: Any
@@ -35,8 +40,7 @@ class MoeLlavaObjectives(Objectives):
 
     def __init__(self, model: Any, sequences: Pairs, batch: int, device: str) -> None:
         super().__init__(model, sequences, batch, device)
-        s = sequences
-        self.plain = Pairs(s.dataset, s.tokenizer, s.size, seed=s.seed, places=s.places)  # nothing is asked
+        self.plain = plain(sequences)
 
     def names(self) -> tuple[str, ...]:
         return ("pictures", "echoes", "captions", "instructions", BALANCE)
@@ -59,9 +63,9 @@ class MoeLlavaObjectives(Objectives):
         images: Tensor | None = batch.images.to(self.device)
         if names[0] == "echoes":  # words stand in the places, and nothing in the others
             images, ids = None, torch.where(ids == self.model.tokens.image, self.model.tokens.pad, ids)
-        output = self.model(images, ids, mask)
+        output: Any = self.model(images, ids, mask)
         found = {names[0]: next_token_loss(output.logits, answer_labels(batch).to(self.device))}
-        return found | {name: output.aux_loss for name in names[1:]}
+        return found | dict.fromkeys(names[1:], output.aux_loss)
 
     def loss(self, name: str, number: int, stage: Stage) -> Tensor:
         if name == "pictures" or name not in self.names():
@@ -100,11 +104,14 @@ def expert_use(model: Any, sequences: Pairs, pictures: int) -> dict[str, Any]:
 
 
 def measure(model: Any, sequences: Pairs, stage: Stage) -> dict[str, Any]:
-    """After each stage: held-out captions with the picture and with another one; with experts, how busy each of them is."""
+    """After each stage: held-out captions with the picture and with another one, with a question where the stage has questions;
+    with experts, how busy each of them is.
+    """
+    asked = sequences if "instructions" in stage.losses else plain(sequences)
     hits = MoeLlavaObjectives(model, sequences, 1, str(next(model.parameters()).device)).hits
     with evaluating(model):
         figures: dict[str, Any] = {
-            name: last_image(model, sequences, HELD_OUT, shuffled=other, hits=hits).accuracy
+            name: last_image(model, asked, HELD_OUT, shuffled=other, hits=hits).accuracy
             for name, other in (("with the picture", False), ("with another picture", True))
         }
         if BALANCE in stage.losses:

@@ -9,7 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NAMES = {"gelu_tanh": (("fc1",), "fc2"), "gelu": (("fc1",), "fc2"), "swiglu": (("gate_proj", "up_proj"), "down_proj")}
+NAMES = {
+    "gelu_tanh": (("fc1",), "fc2"),
+    "gelu": (("fc1",), "fc2"),
+    "swiglu": (("gate_proj", "up_proj"), "down_proj"),
+}
 
 
 class Expert(nn.Module):
@@ -51,12 +55,17 @@ class Inner(nn.Module):
 class DeepSpeedMoE(nn.Module):
     """`forward(x [B, T, C], noise [S, E])` -> y and l_aux."""
 
-    def __init__(self, width: int, hidden: int, experts: int, k: int, factor: float, activation: str, residual: bool) -> None:
+    def __init__(
+        self, width: int, hidden: int, experts: int, k: int, factor: float, activation: str, residual: bool
+    ) -> None:
         super().__init__()
         made = [Expert(width, hidden, activation, NAMES[activation]) for _ in range(experts)]
         self.deepspeed_moe, self.k, self.factor = Inner(width, list(made)), k, factor
         if residual:
-            self.mlp, self.coefficient = Expert(width, hidden, activation, NAMES[activation]), nn.Linear(width, 2)
+            self.mlp, self.coefficient = (
+                Expert(width, hidden, activation, NAMES[activation]),
+                nn.Linear(width, 2),
+            )
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         flat = x.reshape(-1, x.shape[-1])
@@ -80,7 +89,9 @@ class DeepSpeedMoE(nn.Module):
             g = g / g.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).eps)
         y = torch.zeros_like(flat)
         for j, choice in enumerate(choices):
-            rows = [self.deepspeed_moe.experts.deepspeed_experts[int(n)](flat[t]) for t, n in enumerate(choice)]
+            rows = [
+                self.deepspeed_moe.experts.deepspeed_experts[int(n)](flat[t]) for t, n in enumerate(choice)
+            ]
             y = y + g[:, j : j + 1] * torch.stack(rows)
         aux = (p.mean(0) * F.one_hot(first, e).to(p.dtype).mean(0)).sum() * e
         y = y.view(x.shape)

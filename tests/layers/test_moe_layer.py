@@ -18,14 +18,23 @@ def _pair(activation: str, k: int, factor: float, residual: bool = False, expert
     with torch.no_grad():
         theirs.deepspeed_moe.gate.wg.weight.mul_(8)  # far from balance: experts overflow
     ours = MoE(
-        WIDTH, HIDDEN, experts, k, capacity_factor=factor, policy="deepspeed", activation=activation, residual=residual
+        WIDTH,
+        HIDDEN,
+        experts,
+        k,
+        capacity_factor=factor,
+        policy="deepspeed",
+        activation=activation,
+        residual=residual,
     ).double()
     weights.load(ours, theirs.state_dict(), source="deepspeed")
     return ours, theirs
 
 
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize(("activation", "k", "factor"), [("gelu_tanh", 2, 0.5), ("swiglu", 2, 0.4), ("gelu", 1, 0.7)])
+@pytest.mark.parametrize(
+    ("activation", "k", "factor"), [("gelu_tanh", 2, 0.5), ("swiglu", 2, 0.4), ("gelu", 1, 0.7)]
+)
 def test_it_is_deepspeeds_layer_drops_and_gradients_included(activation, k, factor, residual):
     ours, theirs = _pair(activation, k, factor, residual)
     x = torch.randn(2, 13, WIDTH, dtype=torch.float64, requires_grad=True)
@@ -65,7 +74,7 @@ def test_experts_load_by_the_names_of_their_families(activation, names, source):
     assert all(torch.equal(value, ours.state_dict()[name]) for name, value in fresh.state_dict().items())
     lost = next(key for key in state if "deepspeed_experts.3" in key)
     del state[lost]
-    with pytest.raises(ValueError, match="missing: .*deepspeed_experts"):
+    with pytest.raises(ValueError, match=r"missing: .*deepspeed_experts"):
         weights.load(fresh, state, source=source)
     state[lost], state["deepspeed_moe.experts.deepspeed_experts.4.more"] = torch.ones(1), torch.ones(1)
     with pytest.raises(ValueError, match=r"left over: .*deepspeed_experts\.4\.more"):
@@ -109,11 +118,15 @@ def test_copies_of_one_feed_forward_are_that_feed_forward(activation):
     torch.testing.assert_close(moe.expert(3)(x), mlp(x))
     y.sum().backward()
     assert moe.w_in.grad is not None
-    torch.testing.assert_close(moe.w_in.grad.sum(0), torch.autograd.grad(mlp(x).sum(), mlp.up.weight)[0], rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(
+        moe.w_in.grad.sum(0), torch.autograd.grad(mlp(x).sum(), mlp.up.weight)[0], rtol=1e-6, atol=1e-8
+    )
 
 
 def test_capacity_is_of_the_mode_it_is_in():
-    moe = MoE(WIDTH, HIDDEN, 4, 2, capacity_factor=1.5, eval_capacity_factor=2.0, policy="deepspeed", min_capacity=4)
+    moe = MoE(
+        WIDTH, HIDDEN, 4, 2, capacity_factor=1.5, eval_capacity_factor=2.0, policy="deepspeed", min_capacity=4
+    )
     assert moe.capacity(100) == 75 and moe.eval().capacity(100) == 100 and moe.capacity(1) == 4
     assert MoE(WIDTH, HIDDEN, 4, 2).capacity(100) is None
     with torch.no_grad():
@@ -183,7 +196,10 @@ def test_sampling_draws_the_second_choice_alone():
     [
         ({"top_k": 5}, "top_k: got 5, expected at most experts = 4"),
         ({"experts": 0}, "experts: got 0, expected a positive integer"),
-        ({"capacity_factor": 0.0, "policy": "deepspeed"}, "capacity_factor: got 0.0, expected a positive number or None"),
+        (
+            {"capacity_factor": 0.0, "policy": "deepspeed"},
+            "capacity_factor: got 0.0, expected a positive number or None",
+        ),
         ({"capacity_factor": 1.5}, "capacity_factor: got one with policy 'dropless'"),
         ({"min_capacity": -1}, "min_capacity: got -1"),
         ({"policy": "topk"}, "policy: got 'topk', expected one of"),
@@ -200,7 +216,7 @@ def test_what_is_no_input_is_refused():
     moe = MoE(WIDTH, HIDDEN, 4, 2)
     with pytest.raises(ValueError, match=r"x: got shape \(3, 5\), expected \[\.\.\., 24\]"):
         moe(torch.ones(3, 5))
-    with pytest.raises(ValueError, match="mask: got torch.float32"):
+    with pytest.raises(ValueError, match=r"mask: got torch\.float32"):
         moe.run(torch.ones(3, WIDTH), mask=torch.ones(3))
     with pytest.raises(ValueError, match="noise: got shape"):
         moe(torch.ones(3, WIDTH), torch.ones(2, 4))

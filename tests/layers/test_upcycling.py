@@ -23,7 +23,9 @@ EXPERTS = ExpertsConfig(4, 2)
 def _small(name: str) -> Decoder:
     c = FAMILIES[name]
     torch.manual_seed(0)
-    return Decoder(replace(c, block=replace(c.block, width=32, heads=4, hidden=48), layers=3, vocab=50)).double()
+    return Decoder(
+        replace(c, block=replace(c.block, width=32, heads=4, hidden=48), layers=3, vocab=50)
+    ).double()
 
 
 def _run(lm: Decoder, ids: torch.Tensor):
