@@ -12,12 +12,19 @@ from mmkernels.primitives import _check
 from mmkernels.primitives.interval_attention import interval_attention
 
 
+class Record:
+    """What layers leave for whoever runs them. An object of its own: wrappers of modules copy the lists that they are given."""
+
+    def __init__(self) -> None:
+        self.kept: list[Any] = []
+
+
 class Visibility(NamedTuple):
     """What all layers of a stack share: which keys a row sees, and how positions enter.
 
     lo, hi int32 `[B, T]`; rotary `(cos, sin)`, each `[B, T, 1, R / 2]`, turns the first R of every head; slopes `[H]` is ALiBi.
-    `first [B]` is where a row's first token stands, for adapters that read it; None: at 0. Layers with experts put their
-    `Routing` into `routings`.
+    `first [B]` is where a row's first token stands, for adapters that read it; None: at 0. Layers with experts leave
+    their `Routing` in `routings`.
     """
 
     lo: Tensor
@@ -25,7 +32,7 @@ class Visibility(NamedTuple):
     rotary: tuple[Tensor, Tensor] | None = None
     alibi_slopes: Tensor | None = None
     first: Tensor | None = None
-    routings: list[Any] | None = None
+    routings: Record | None = None
 
 
 class KVCache:

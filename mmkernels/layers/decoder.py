@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkernels.layers._published import Table
-from mmkernels.layers.attention import KVCache, SelfAttention, Visibility, alibi_slopes, rotary_table
+from mmkernels.layers.attention import KVCache, Record, SelfAttention, Visibility, alibi_slopes, rotary_table
 from mmkernels.layers.decoder_tables import LAYOUTS, decoder_table, layer_names
 from mmkernels.layers.mlp import MLP
 from mmkernels.layers.modality_adapter import AdapterConfig, ModalityAdapter, adapters_table
@@ -115,7 +115,7 @@ class Block(nn.Module):
             return self.mlp(x)
         y, routing = self.mlp.run(x)
         if seen.routings is not None:
-            seen.routings.append(routing)
+            seen.routings.kept.append(routing)
         return y
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ class Decoder(nn.Module):
             rotary = rotary_table(positions, width, c.rotary_base, dtype, c.rotary_scaling)
         if c.positions == "alibi":
             slopes = alibi_slopes(c.block.heads, positions.device)
-        return Visibility(lo, hi, rotary, slopes, routings=[])
+        return Visibility(lo, hi, rotary, slopes, routings=Record())
 
     def logits(self, x: Tensor) -> Tensor:
         x = self.norm(x)

@@ -34,6 +34,19 @@ class ExpertsConfig:
     sampling: bool = False
 
 
+class Router(nn.Linear):
+    """Logits `[S, E]` of tokens `[S, C]`, without autocast and at least in float32."""
+
+    def __init__(self, width: int, experts: int) -> None:
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        super().__init__(width, experts, bias=False, dtype=wide)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(wide), self.weight.to(wide))
+
+
 class MoE(nn.Module):
     """`y = sum_j w_j ffn_{e_j}(x)` over each token's `top_k` experts, and the loss that keeps experts equally busy.
 
@@ -90,8 +103,7 @@ class MoE(nn.Module):
         self.group: dist.ProcessGroup | None = None  # whose ranks share the experts; None: all are here
         self.first = 0  # the number of the first expert that is here
         bias = activation not in GATED if bias is None else bias
-        like = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        self.gate = nn.Linear(width, experts, bias=False, dtype=like)
+        self.gate = Router(width, experts)
         rows = hidden * (2 if activation in GATED else 1)
         self.w_in = nn.Parameter(torch.empty(experts, rows, width))
         self.w_out = nn.Parameter(torch.empty(experts, width, hidden))
@@ -183,10 +195,8 @@ class MoE(nn.Module):
         return self
 
     def route(self, x: Tensor, noise: Tensor | None = None, mask: Tensor | None = None) -> Routing:
-        """The experts of tokens `[S, C]`; without autocast and at least in float32."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.to(wide), self.gate.weight.to(wide))
+        """The experts of tokens `[S, C]`."""
+        logits = self.gate(x)
         if noise is None and self.sampling:
             noise = self._draw(logits)
         return moe_route(

@@ -140,7 +140,8 @@ class MultimodalModel(nn.Module):
             text.length += input_ids.shape[1]
         logits = self.lm.logits(x[:, -1:] if last_only else x)
         loss = None if labels is None else next_token_loss(logits, labels)
-        routings = getattr(seen, "routings", None) or ()
+        record = getattr(seen, "routings", None)
+        routings = () if record is None else record.kept
         aux = sum(routing.aux_loss for routing in routings) if routings else None
         if loss is not None and aux is not None:
             loss = loss + self.balance * aux
