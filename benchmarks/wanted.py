@@ -38,7 +38,7 @@ class Wanted:
     peers: tuple[str, ...] = ()
     device: str = "cpu"
     quick: bool = False
-    seconds: float = 2.0  # for the timing of a row
+    seconds: float = 1.5  # for the timing of a row
 
     def __post_init__(self) -> None:
         """**Raises** ValueError for a name that no room knows."""

@@ -52,9 +52,16 @@ class Captioner:
         return cls(built.to(device), tokenizer, stage.image_size or config.vision.image_size)
 
     def caption(
-        self, pictures: Sequence[Picture], prompt: str = "", *, video: bool = False, max_new_tokens: int = 32
+        self,
+        pictures: Sequence[Picture],
+        prompt: str = "",
+        *,
+        video: bool = False,
+        max_new_tokens: int = 32,
+        **decoding: Any,
     ) -> str:
-        """Continues a prompt about pictures; greedy, so the same again every time.
+        """Continues a prompt about pictures; greedy, so the same again every time, unless `models.Decoding`'s options, which it
+        takes, say otherwise.
 
         A prompt that holds `<image>` says where each picture stands; otherwise all pictures stand before it, and the
         continuation is about the last one. LaVIN takes one picture or none. A Qwen-VL is asked as in its conversations, every
@@ -70,7 +77,7 @@ class Captioner:
         pixels = self._pixels(pictures).to(device) if pictures else None
         pixels = pixels.unsqueeze(1) if video and pixels is not None else pixels
         told: dict[str, Any] = self._instruction(prompt, count)
-        answer = self.model.generate(pixels, places, mask, max_new_tokens=max_new_tokens, **told)
+        answer = self.model.generate(pixels, places, mask, max_new_tokens=max_new_tokens, **told, **decoding)
         return self.tokenizer.decode(answer[0].tolist()).strip()
 
     def _frames(self, frames: int) -> int:

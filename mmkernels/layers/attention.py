@@ -66,6 +66,16 @@ class KVCache:
         self.v[layer, :, self.length : end] = v
         return self.k[layer, :, :end], self.v[layer, :, :end]
 
+    def select(self, rows: Tensor) -> KVCache:
+        """A cache of the sequences `rows` `[N]`, some perhaps several times, some not at all."""
+        layers, _, *rest = self.k.shape
+        found = KVCache((layers, len(rows), *rest), dtype=self.k.dtype, device=self.k.device)  # type: ignore[arg-type]
+        for mine, theirs in ((self.k, found.k), (self.v, found.v)):
+            theirs[:, :, : self.length] = mine[:, rows, : self.length]
+        found.start, found.length = self.start[rows], self.length
+        found.kept = {layer: decided[rows] for layer, decided in self.kept.items()}
+        return found
+
 
 def rotary_table(
     positions: Tensor, width: int, base: float, dtype: torch.dtype, scaling: float = 1.0

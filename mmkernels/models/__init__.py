@@ -14,6 +14,7 @@ from mmkernels.models.base import Output as Output
 from mmkernels.models.base import Tokens as Tokens
 from mmkernels.models.cogvlm import CogVLM as CogVLM
 from mmkernels.models.cogvlm import CogVLMConfig as CogVLMConfig
+from mmkernels.models.decoding import Decoding as Decoding
 from mmkernels.models.flamingo import Flamingo as Flamingo
 from mmkernels.models.flamingo import FlamingoConfig as FlamingoConfig
 from mmkernels.models.flamingo import flamingo_labels as flamingo_labels
