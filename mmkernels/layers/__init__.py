@@ -14,6 +14,8 @@ from mmkernels.layers.mixture_adapter import MixtureAdapter as MixtureAdapter
 from mmkernels.layers.mlp import MLP as MLP
 from mmkernels.layers.modality_adapter import AdapterConfig as AdapterConfig
 from mmkernels.layers.modality_adapter import ModalityAdapter as ModalityAdapter
+from mmkernels.layers.moe import ExpertsConfig as ExpertsConfig
+from mmkernels.layers.moe import MoE as MoE
 from mmkernels.layers.monkey_block import MonkeyBlock as MonkeyBlock
 from mmkernels.layers.positions import interpolate_positions as interpolate_positions
 from mmkernels.layers.positions import sincos_positions as sincos_positions
@@ -28,6 +30,8 @@ from mmkernels.layers.t5 import T5 as T5
 from mmkernels.layers.t5 import T5Cache as T5Cache
 from mmkernels.layers.t5 import T5Config as T5Config
 from mmkernels.layers.text_router import TextGuidedRouter as TextGuidedRouter
+from mmkernels.layers.upcycling import make_dense as make_dense
+from mmkernels.layers.upcycling import upcycle as upcycle
 from mmkernels.layers.vision import VisionConfig as VisionConfig
 from mmkernels.layers.vision import VisionTower as VisionTower
 from mmkernels.layers.visual_expert import VisualExpertAttention as VisualExpertAttention

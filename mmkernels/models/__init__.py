@@ -28,6 +28,8 @@ from mmkernels.models.llava import Llava as Llava
 from mmkernels.models.llava import LlavaConfig as LlavaConfig
 from mmkernels.models.llava_uhd import LlavaUHD as LlavaUHD
 from mmkernels.models.llava_uhd import LlavaUHDConfig as LlavaUHDConfig
+from mmkernels.models.moe_llava import MoeLlava as MoeLlava
+from mmkernels.models.moe_llava import MoeLlavaConfig as MoeLlavaConfig
 from mmkernels.models.monkey import Monkey as Monkey
 from mmkernels.models.monkey import MonkeyConfig as MonkeyConfig
 from mmkernels.models.presets import PRESETS as _PRESETS
@@ -53,6 +55,7 @@ Config = (
     | LlavaConfig
     | LlavaUHDConfig
     | MonkeyConfig
+    | MoeLlavaConfig
     | QwenVLConfig
     | SlimeConfig
 )
@@ -63,6 +66,7 @@ _FAMILIES = {
     LavinConfig: Lavin,
     LlamaVidConfig: LlamaVid,
     LlavaConfig: Llava,
+    MoeLlavaConfig: MoeLlava,
     Blip2Config: Blip2,
     Blip2Seq2SeqConfig: Blip2Seq2Seq,
     LlavaUHDConfig: LlavaUHD,

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from mmkernels.layers.attention import KVCache
 from mmkernels.layers.decoder import Decoder
 from mmkernels.models.decoding import Decoding
-from mmkernels.models.packing import Packed
+from mmkernels.models.packing import PackedPrompts
+from mmkernels.models.stages import Stage
 from mmkernels.primitives import _check
 
 IGNORE = -100  # the label of a position that is not predicted
@@ -52,11 +53,16 @@ def _select(kept: Any, rows: Tensor) -> Any:
 
 @dataclass
 class Output:
-    """loss (scalar, with labels), logits `[B, T, V]`, and the cache that was passed in, now longer."""
+    """loss (scalar, with labels), logits `[B, T, V]`, and the cache that was passed in, now longer.
+
+    Where layers have experts: their `routings`, and the sum of their balancing losses, of which loss has its share.
+    """
 
     logits: Tensor
     loss: Tensor | None = None
     cache: Cache | None = None
+    aux_loss: Tensor | None = None
+    routings: Sequence[Any] = ()
 
 
 class MultimodalModel(nn.Module):
@@ -65,6 +71,11 @@ class MultimodalModel(nn.Module):
     lm: Decoder
     tokens: Tokens
     packs = True  # prompts of unequal length run without their padding: blocks know nothing of a row but what it sees
+    balance = 0.01  # what the balancing losses of experts weigh
+
+    def enter(self, stage: Stage) -> None:
+        """Becomes what a stage trains: its parameters learn, the others do not."""
+        stage.freeze(self)
 
     def encode(self, images: Tensor) -> Tensor:
         """Pictures or videos -> media tokens, the connector's output."""
@@ -93,8 +104,8 @@ class MultimodalModel(nn.Module):
         positions = self.lm.positions(attention_mask, (x.shape[0], x.shape[1]), text)
         return self.lm.add_positions(x, positions), self.lm.visibility(attention_mask, positions, text)
 
-    def pack(self, condition: Any, packed: Packed) -> Any:
-        """The condition for tokens that stand as one row `[1, N]`; see `Packed`."""
+    def pack(self, condition: Any, packed: PackedPrompts) -> Any:
+        """The condition for tokens that stand as one row `[1, N]`; see `PackedPrompts`."""
         return condition
 
     def block(self, index: int, x: Tensor, seen: Any, cache: KVCache | None) -> Tensor:
@@ -140,7 +151,7 @@ class MultimodalModel(nn.Module):
             text.start.copy_(attention_mask.to(torch.int8).argmax(1))
         condition = self.condition(input_ids, media, cache)
         x, seen = self.place(self.embed(input_ids, media), attention_mask, cache, condition)
-        packed = Packed.of(attention_mask, text) if self.packs and last_only else None
+        packed = PackedPrompts.of(attention_mask, text) if self.packs and last_only else None
         if packed is None:
             x = self._blocks(x, seen, text, condition)
             x = x[:, -1:] if last_only else x
@@ -151,9 +162,14 @@ class MultimodalModel(nn.Module):
             text.length += input_ids.shape[1]
         logits = self.lm.logits(x)
         loss = None if labels is None else next_token_loss(logits, labels)
-        return Output(logits, loss, cache)
+        record = getattr(seen, "routings", None)
+        routings = () if record is None else record.kept
+        aux = sum(routing.aux_loss for routing in routings) if routings else None
+        if loss is not None and aux is not None:
+            loss = loss + self.balance * aux
+        return Output(logits, loss, cache, aux, routings)
 
-    def _blocks(self, x: Tensor, seen: Any, cache: KVCache | Packed | None, condition: Any) -> Tensor:
+    def _blocks(self, x: Tensor, seen: Any, cache: KVCache | PackedPrompts | None, condition: Any) -> Tensor:
         for index in range(len(self.lm.blocks)):
             x = self.before_block(index, x, condition)
             x = self.block(index, x, seen, cache)  # type: ignore[arg-type]  # layers append to either

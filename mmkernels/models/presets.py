@@ -15,6 +15,7 @@ from mmkernels.models.lavin_presets import LAVIN
 from mmkernels.models.llama_vid_presets import LLAMA_VID
 from mmkernels.models.llava_presets import LLAVA
 from mmkernels.models.llava_uhd_presets import LLAVA_UHD
+from mmkernels.models.moe_llava_presets import MOE_LLAVA
 from mmkernels.models.monkey_presets import MONKEY
 from mmkernels.models.qformer_presets import QFORMER_MODELS
 from mmkernels.models.qwen_presets import QWEN_VL
@@ -72,6 +73,7 @@ PRESETS = (
     | LLAVA_UHD
     | MONKEY
     | SLIME
+    | MOE_LLAVA
     | QFORMER_MODELS
     | QWEN_VL
     | {

@@ -16,10 +16,11 @@ from mmkernels.models import (
     LavinConfig,
     LlamaVidConfig,
     LlavaConfig,
+    MoeLlavaConfig,
     QwenVLConfig,
     Stage,
 )
-from mmkernels.train import cogvlm, lavin, llava, qformer, qwen, seq2seq, video
+from mmkernels.train import cogvlm, lavin, llava, moe_llava, qformer, qwen, seq2seq, video
 from mmkernels.train.objectives import Objectives
 
 
@@ -76,6 +77,7 @@ _FAMILIES = {
     LavinConfig: Family(lavin.mixtures, lavin.LavinObjectives, lavin.measure),
     LlamaVidConfig: Family(_videos, video.VideoObjectives, video.measure),
     LlavaConfig: Family(llava.readings, llava.LlavaObjectives, llava.measure, llava.texts),
+    MoeLlavaConfig: Family(moe_llava.pairs, moe_llava.MoeLlavaObjectives, moe_llava.measure),
     QwenVLConfig: Family(qwen.dialogues, qwen.QwenObjectives, words=qwen.words),
 }
 
