@@ -185,4 +185,4 @@ class GroupingProjector(nn.Module):
             Rule(rf"{at}grouping\.cross\.kv\.(\w+)", kv),
             *(Rule(rf"{at}{a}\.(\w+)", (f"{theirs}group_projector.{b}.{{1}}",)) for a, b in passing.items()),
         )
-        return Table(rules)
+        return Table(rules, within="model.mm_input_projector.")

@@ -21,6 +21,8 @@ from mmkernels.models.lavin import Lavin as Lavin
 from mmkernels.models.lavin import LavinConfig as LavinConfig
 from mmkernels.models.llama_vid import LlamaVid as LlamaVid
 from mmkernels.models.llama_vid import LlamaVidConfig as LlamaVidConfig
+from mmkernels.models.next_gpt import NextGpt as NextGpt
+from mmkernels.models.next_gpt import NextGptConfig as NextGptConfig
 from mmkernels.models.presets import PRESETS as _PRESETS
 from mmkernels.models.qformer import Blip2 as Blip2
 from mmkernels.models.qformer import Blip2Config as Blip2Config
@@ -38,6 +40,7 @@ Config = (
     | FlamingoConfig
     | LavinConfig
     | LlamaVidConfig
+    | NextGptConfig
     | QwenVLConfig
 )
 _FAMILIES = {
@@ -45,6 +48,7 @@ _FAMILIES = {
     FlamingoConfig: Flamingo,
     LavinConfig: Lavin,
     LlamaVidConfig: LlamaVid,
+    NextGptConfig: NextGpt,
     Blip2Config: Blip2,
     Blip2Seq2SeqConfig: Blip2Seq2Seq,
     QwenVLConfig: QwenVL,

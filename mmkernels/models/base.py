@@ -38,11 +38,12 @@ class Cache:
 
 @dataclass
 class Output:
-    """loss (scalar, with labels), logits `[B, T, V]`, and the cache that was passed in, now longer."""
+    """loss (scalar, with labels), logits `[B, T, V]`, the cache passed in, now longer, and what the last block gave."""
 
     logits: Tensor
     loss: Tensor | None = None
     cache: Cache | None = None
+    hidden: Tensor | None = None
 
 
 class MultimodalModel(nn.Module):
@@ -129,7 +130,7 @@ class MultimodalModel(nn.Module):
             text.length += input_ids.shape[1]
         logits = self.lm.logits(x[:, -1:] if last_only else x)
         loss = None if labels is None else next_token_loss(logits, labels)
-        return Output(logits, loss, cache)
+        return Output(logits, loss, cache, x)
 
     def keep_reachable(self, x: Tensor, parts: Sequence[nn.Module], side: int) -> Tensor:
         """In training a batch without images reads a black one, times 0: every rank's graph has the same parameters."""

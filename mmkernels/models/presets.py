@@ -12,6 +12,7 @@ from mmkernels.models.cogvlm_presets import COGVLM
 from mmkernels.models.flamingo import CrossConfig, FlamingoConfig, ResamplerConfig
 from mmkernels.models.lavin_presets import LAVIN
 from mmkernels.models.llama_vid_presets import LLAMA_VID
+from mmkernels.models.next_gpt_presets import NEXT_GPT
 from mmkernels.models.qformer_presets import QFORMER_MODELS
 from mmkernels.models.qwen_presets import QWEN_VL
 from mmkernels.models.stages import Stage
@@ -62,6 +63,7 @@ PRESETS = (
     COGVLM
     | LAVIN
     | LLAMA_VID
+    | NEXT_GPT
     | QFORMER_MODELS
     | QWEN_VL
     | {
