@@ -17,11 +17,8 @@ from mmkernels.models.next_gpt_text import ASSISTANT, CAPTION, CLOSE, HUMAN, OPE
 from mmkernels.train.evaluate import evaluating, right
 from mmkernels.train.objectives import Objectives
 
-HELD_OUT, _BATCH, _REAL = (
-    96,
-    48,
-    8,
-)  # inputs that are tried when a stage ends, at a time; real ones that a caption is known by
+HELD_OUT, _BATCH = 96, 48  # inputs that are tried when a stage ends, and at a time
+_KNOWN, _LONGEST = 8, 28  # real inputs that a caption is known by; tokens of an answer
 
 
 def words(config: NextGptConfig) -> int:
@@ -174,9 +171,9 @@ def made(model: Any, sequences: Switching) -> dict[str, float]:
         ]
         longest = max(map(len, asked))
         ids = torch.tensor([[0] * (longest - len(row)) + row for row in asked], device=device)
-        response = model.respond(ids, ids != 0, max_new_tokens=28, generator=generator)
+        response = model.respond(ids, ids != 0, max_new_tokens=_LONGEST, generator=generator)
         hits = [_recognised(model, m, row.get(name), known) == n for n, row in enumerate(response.made)]
-        real, captions = sequences.inputs(1, 64, m, held_out=True)
+        real, captions = sequences.inputs(1, HELD_OUT, m, held_out=True)
         near = (model.read(name, real.to(device)).flatten(0, 1) @ known.T).argmax(1).cpu()
         figures |= {
             f"{name}s asked for": sum(name in row and len(row) == 1 for row in response.conditions)
@@ -188,7 +185,7 @@ def made(model: Any, sequences: Switching) -> dict[str, float]:
 
 
 def _mean(model: Any, sequences: Switching, modality: int, caption: int, device: Any) -> Tensor:
-    inputs, _ = sequences.inputs(0, _REAL, modality, captions=torch.full((_REAL,), caption))
+    inputs, _ = sequences.inputs(0, _KNOWN, modality, captions=torch.full((_KNOWN,), caption))
     return model.read(MODALITIES[modality], inputs.to(device)).flatten(0, 1).mean(0)
 
 
