@@ -10,6 +10,7 @@ from mmkernels.layers.decoder import Decoder as Decoder
 from mmkernels.layers.decoder import DecoderConfig as DecoderConfig
 from mmkernels.layers.gated_cross_attention import GatedCrossAttentionBlock as GatedCrossAttentionBlock
 from mmkernels.layers.gated_cross_attention import project_media_all as project_media_all
+from mmkernels.layers.grouping_projector import GroupingProjector as GroupingProjector
 from mmkernels.layers.mixture_adapter import MixtureAdapter as MixtureAdapter
 from mmkernels.layers.mlp import MLP as MLP
 from mmkernels.layers.modality_adapter import AdapterConfig as AdapterConfig
@@ -17,6 +18,8 @@ from mmkernels.layers.modality_adapter import ModalityAdapter as ModalityAdapter
 from mmkernels.layers.moe import ExpertsConfig as ExpertsConfig
 from mmkernels.layers.moe import MoE as MoE
 from mmkernels.layers.monkey_block import MonkeyBlock as MonkeyBlock
+from mmkernels.layers.output_projection import OutputProjection as OutputProjection
+from mmkernels.layers.output_projection import alignment_loss as alignment_loss
 from mmkernels.layers.positions import interpolate_positions as interpolate_positions
 from mmkernels.layers.positions import sincos_positions as sincos_positions
 from mmkernels.layers.projector import Projector as Projector

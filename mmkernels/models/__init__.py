@@ -32,6 +32,8 @@ from mmkernels.models.moe_llava import MoeLlava as MoeLlava
 from mmkernels.models.moe_llava import MoeLlavaConfig as MoeLlavaConfig
 from mmkernels.models.monkey import Monkey as Monkey
 from mmkernels.models.monkey import MonkeyConfig as MonkeyConfig
+from mmkernels.models.next_gpt import NextGpt as NextGpt
+from mmkernels.models.next_gpt import NextGptConfig as NextGptConfig
 from mmkernels.models.presets import PRESETS as _PRESETS
 from mmkernels.models.qformer import Blip2 as Blip2
 from mmkernels.models.qformer import Blip2Config as Blip2Config
@@ -56,6 +58,7 @@ Config = (
     | LlavaUHDConfig
     | MonkeyConfig
     | MoeLlavaConfig
+    | NextGptConfig
     | QwenVLConfig
     | SlimeConfig
 )
@@ -67,6 +70,7 @@ _FAMILIES = {
     LlamaVidConfig: LlamaVid,
     LlavaConfig: Llava,
     MoeLlavaConfig: MoeLlava,
+    NextGptConfig: NextGpt,
     Blip2Config: Blip2,
     Blip2Seq2SeqConfig: Blip2Seq2Seq,
     LlavaUHDConfig: LlavaUHD,

@@ -53,7 +53,8 @@ def _select(kept: Any, rows: Tensor) -> Any:
 
 @dataclass
 class Output:
-    """loss (scalar, with labels), logits `[B, T, V]`, and the cache that was passed in, now longer.
+    """loss (scalar, with labels), logits `[B, T, V]`, the cache that was passed in, now longer, and what the last block gave:
+    `hidden`, of the positions that have logits.
 
     Where layers have experts: their `routings`, and the sum of their balancing losses, of which loss has its share.
     """
@@ -63,6 +64,7 @@ class Output:
     cache: Cache | None = None
     aux_loss: Tensor | None = None
     routings: Sequence[Any] = ()
+    hidden: Tensor | None = None
 
 
 class MultimodalModel(nn.Module):
@@ -167,7 +169,7 @@ class MultimodalModel(nn.Module):
         aux = sum(routing.aux_loss for routing in routings) if routings else None
         if loss is not None and aux is not None:
             loss = loss + self.balance * aux
-        return Output(logits, loss, cache, aux, routings)
+        return Output(logits, loss, cache, aux, routings, x)
 
     def _blocks(self, x: Tensor, seen: Any, cache: KVCache | PackedPrompts | None, condition: Any) -> Tensor:
         for index in range(len(self.lm.blocks)):
