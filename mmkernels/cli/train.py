@@ -59,6 +59,8 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--backend", choices=BACKENDS, help="kernels to use where it has them (default: the fastest)"
     )
+    parser.add_argument("--recompute", action="store_true", help="keep less memory, compute blocks again")
+    parser.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard too")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.set_defaults(run=run)
 
@@ -80,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
         )
         result = train(
             chosen, options.out, resume=options.resume, device=options.device, save_every=options.save_every,
-            observe=_observer(bar, chosen.total()),
+            recompute=options.recompute, tensorboard=options.tensorboard, observe=_observer(bar, chosen.total()),
         )  # fmt: skip
     curve = _draw(options.out)
     if options.json:
