@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks import machine, models
+from benchmarks import front_end, machine, models
 from benchmarks.row import bench
 from benchmarks.wanted import DTYPES, Row, Wanted, dtype_name, table
 
@@ -23,6 +23,7 @@ def plan(wanted: Wanted) -> list[tuple[str, Callable[[], Iterator[Row]]]]:
         )
         for room, case, dtype in table(wanted)
     ]
+    steps += front_end.plan(wanted)
     return steps + [(f"models {title}", make) for title, make in models.plan(wanted)]
 
 
