@@ -74,7 +74,7 @@ class FrontEnd:
     **Raises** ValueError, TypeError: an unknown rule, dtype or argument. ImageError: see above.
     **Source** as the plans of `mmkernels.data.slicing`; github.com/python-pillow/Pillow `Resample.c`.
     **Speed** `threads` (default: torch's) share the pictures of a batch; the interpreter is free meanwhile. Without the
-    compiled `_host`, Pillow and numpy do the same.
+    compiled `_host`, Pillow and numpy do the same. On another `device` the bytes go there as they are and Triton does the rest.
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class FrontEnd:
         rule: str,
         *,
         dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         most: int = 64,
@@ -99,7 +100,8 @@ class FrontEnd:
         self.options = {**self.rule.fixed, **plan}
         self.patch = self.options.get("patch", self.rule.patch)
         self.rule.plan(1, 1, **self.options)  # wrong options are the caller's, not a picture's
-        self.dtype, self.most, self.context, self.on_error = dtype, most, context, on_error
+        self.dtype, self.device = dtype, torch.device(device)
+        self.most, self.context, self.on_error = most, context, on_error
         self.table, self.affine = normalisation(mean or self.rule.mean, std or self.rule.std, dtype)
 
     def plan(self, width: int, height: int, text: int = 0) -> Plan:
@@ -145,7 +147,7 @@ class FrontEnd:
             pixels.append(array)
         if errors and self.on_error == "raise":
             raise ImageError("; ".join(f"sample {at}: {why}" for at, why in errors.items()))
-        patches = torch.empty(rows, 3 * self.patch**2, dtype=self.dtype)
+        patches = torch.empty(rows, 3 * self.patch**2, dtype=self.dtype, device=self.device)
         self._fill(pixels, todo, patches, threads)
         hw = torch.tensor(views, dtype=torch.int64).reshape(-1, 2)
         offsets = torch.cat([hw.new_zeros(1), hw.prod(1).cumsum(0)]).to(torch.int32)
@@ -153,6 +155,9 @@ class FrontEnd:
 
     def _fill(self, pixels: list[NDArray[np.uint8]], todo: list[jobs.Job], out: Tensor, threads: int) -> None:
         host = _native.host
+        if out.device.type != "cpu":
+            self._on_device(pixels, todo, out)
+            return
         if host is None:
             pillow.run(pixels, todo, self.table, self.affine, out)
             return
@@ -161,6 +166,12 @@ class FrontEnd:
             pixels, jobs.table(todo), self.table, *self.affine, bits.numpy(), DTYPES[self.dtype],
             threads or torch.get_num_threads(),
         )  # fmt: skip
+
+    def _on_device(self, pixels: list[NDArray[np.uint8]], todo: list[jobs.Job], out: Tensor) -> None:
+        from mmkernels.data.front_end.triton import launch  # only here: Triton may not be installed
+
+        table = torch.from_numpy(self.table).view(self.dtype).float().to(out.device)
+        launch.run(pixels, todo, table, torch.from_numpy(self.affine).float().to(out.device), out)
 
 
 def normalisation(
