@@ -18,14 +18,16 @@ GROUPED = {"linear": "", "linear, swiglu, LoRA": "swiglu"}  # of grouped_linear:
 SHAPES += [(dtype, 1024, rules) for dtype in (torch.bfloat16, torch.float32) for rules in GROUPED]
 EXPERT = "visual expert"  # the width is a head's
 SHAPES += [(dtype, 128, EXPERT) for dtype in (torch.bfloat16, torch.float32)]
+FRONT_END = "front end"  # the width is a patch's side
+SHAPES += [(dtype, 14, FRONT_END) for dtype in (torch.bfloat16, torch.float32)]
 
 Passes = tuple[list[Any], list[Callable[[], None]]]  # modules that hold kernels, and what launches these
 
 
 def passes_of(dtype: torch.dtype, width: int, rules: str) -> Passes:
     """The passes of one entry of SHAPES."""
-    of = _grouped if rules in GROUPED else _expert if rules == EXPERT else _attention
-    return of(dtype, width, rules)
+    named = {EXPERT: _expert, FRONT_END: _front_end, **dict.fromkeys(GROUPED, _grouped)}
+    return named.get(rules, _attention)(dtype, width, rules)
 
 
 def _attention(dtype: torch.dtype, width: int, rules: str) -> Passes:
@@ -95,3 +97,23 @@ def _expert_pass(launch: Any, dtype: torch.dtype, width: int, rows: int) -> None
     table = (x[:, : width // 2].contiguous(),) * 2
     out, h = launch.forward(*first, None, *table, 2 * heads, "", False)
     launch.backward(out, *first, *table, h, 2 * heads, "", [True] * 5)
+
+
+def _front_end(dtype: torch.dtype, width: int, rules: str) -> Passes:
+    """Pictures whose resize rounds to bytes, and whose does not."""
+    from mmkernels.data.front_end.front_end import FrontEnd
+    from mmkernels.data.front_end.triton import kernels
+
+    picture = [torch.zeros(300, 400, 3, dtype=torch.uint8).numpy()]
+
+    def one(rule: str) -> None:
+        front = FrontEnd(rule, dtype=dtype, patch=width)
+        plan = front.plan(400, 300)
+        todo, rows = [], 0
+        for job in front.rule.jobs(0, plan, width):
+            placed, views = job.placed(rows)
+            todo.append(placed)
+            rows += sum(h * w for h, w in views)
+        front._on_device(picture, todo, torch.empty(rows, 3 * width * width, dtype=dtype))
+
+    return [kernels], [partial(one, rule) for rule in ("monkey", "llava_uhd", "fuyu")]

@@ -7,6 +7,7 @@ Every refusal is an `ImageError` of one sentence that names the file.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +39,24 @@ def load(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     path = Path(path)
     if not path.is_file():
         raise ImageError(f"{path}: no such picture")
+
+    def opened() -> Image.Image:
+        with Image.open(path, formats=FORMATS) as image:
+            return _still(image, path, max_pixels)
+
+    return _guarded(opened, path)
+
+
+def read(image: Image.Image, name: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """A picture that somebody else opened, decoded and judged as `load` does. **Raises** ImageError as `load`."""
+    return _guarded(lambda: _still(image, Path(name), max_pixels), Path(name))
+
+
+def _guarded(decode: Callable[[], Image.Image], path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            return _decode(path, max_pixels)
+            return decode()
     except ImageError:
         raise
     except Image.UnidentifiedImageError:
@@ -51,19 +66,20 @@ def load(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise ImageError(f"{path}: damaged or unsafe picture ({reason})") from None
 
 
-def _decode(path: Path, max_pixels: int) -> Image.Image:
-    with Image.open(path, formats=FORMATS) as image:
-        check_size(image, path, max_pixels)  # before anybody counts frames
-        if getattr(image, "n_frames", 1) > 1:
-            raise ImageError(
-                f"{path}: an animation of {getattr(image, 'n_frames', 0)} frames, expected one still picture"
-            )
-        return upright(image, path, max_pixels)
+def _still(image: Image.Image, path: Path, max_pixels: int) -> Image.Image:
+    check_size(image, path, max_pixels)  # before anybody counts frames
+    if getattr(image, "n_frames", 1) > 1:
+        raise ImageError(
+            f"{path}: an animation of {getattr(image, 'n_frames', 0)} frames, expected one still picture"
+        )
+    return upright(image, path, max_pixels)
 
 
 def check_size(image: Image.Image, path: Path, max_pixels: int = MAX_PIXELS) -> None:
     """**Raises** ImageError for an open picture that is too large to decode."""
     width, height = image.size
+    if width < 1 or height < 1:
+        raise ImageError(f"{path}: a picture of {width} x {height}, which has no pixels")
     if width * height > max_pixels:
         size = f"{width} x {height} pixels"
         raise ImageError(f"{path}: {size} is more than the {max_pixels:,} pixels that are safe to decode")
