@@ -18,13 +18,16 @@ GROUPED = {"linear": "", "linear, swiglu, LoRA": "swiglu"}  # of grouped_linear:
 SHAPES += [(dtype, 1024, rules) for dtype in (torch.bfloat16, torch.float32) for rules in GROUPED]
 EXPERT = "visual expert"  # the width is a head's
 SHAPES += [(dtype, 128, EXPERT) for dtype in (torch.bfloat16, torch.float32)]
+SLICES = "packed slices"  # the width is a head's
+SHAPES += [(torch.bfloat16, 64, SLICES), (torch.bfloat16, 104, SLICES), (torch.float32, 64, SLICES)]
 
 Passes = tuple[list[Any], list[Callable[[], None]]]  # modules that hold kernels, and what launches these
 
 
 def passes_of(dtype: torch.dtype, width: int, rules: str) -> Passes:
     """The passes of one entry of SHAPES."""
-    of = _grouped if rules in GROUPED else _expert if rules == EXPERT else _attention
+    special = {EXPERT: _expert, SLICES: _slices}
+    of = _grouped if rules in GROUPED else special.get(rules, _attention)
     return of(dtype, width, rules)
 
 
@@ -95,3 +98,27 @@ def _expert_pass(launch: Any, dtype: torch.dtype, width: int, rows: int) -> None
     table = (x[:, : width // 2].contiguous(),) * 2
     out, h = launch.forward(*first, None, *table, 2 * heads, "", False)
     launch.backward(out, *first, *table, h, 2 * heads, "", [True] * 5)
+
+
+def _slices(dtype: torch.dtype, width: int, rules: str) -> Passes:
+    """Attention, and for one width the rows around it: a window's update, splicing."""
+    from mmkernels.ops.sliced_image.triton import kernels, launch, launch_rows, rows
+
+    passes = [partial(_slices_pass, launch, dtype, width)]
+    if width != 64:
+        return [kernels], passes  # type: ignore[return-value]
+    return [kernels, rows], [*passes, partial(_rows_pass, launch_rows, dtype)]  # type: ignore[return-value]
+
+
+def _slices_pass(launch: Any, dtype: torch.dtype, width: int) -> None:
+    q, offsets = torch.empty(1024, 8, width, dtype=dtype), torch.tensor([0, 1024], dtype=torch.int32)
+    out, lse = launch.forward(q, q, q, offsets, 0.125)
+    launch.backward(out, q, q, q, out, lse, offsets, 0.125)
+
+
+def _rows_pass(launch: Any, dtype: torch.dtype) -> None:
+    x, a = torch.empty(1024, 1664, dtype=dtype), torch.empty(4, 16, 1664, dtype=dtype)
+    b, index = a.transpose(1, 2).contiguous(), torch.zeros(1024, dtype=torch.int64)
+    out, t = launch.lora(x, x, a, b, index)
+    launch.lora_backward(out, x, a, b, index, t, [True] * 3)
+    launch.splice_backward(launch.splice(x, x, x[:1], index), x, x, x[:1], index, [True] * 3)
