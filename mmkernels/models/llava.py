@@ -147,12 +147,12 @@ class Llava(MultimodalModel):
     def embed(self, input_ids: Tensor, media: Tensor | Media | None) -> Tensor:
         """Text embeddings `[B, T, C]` with the visual tokens (`[V, C]`, or what `look` gave) at the places for them."""
         place = input_ids == self.tokens.image
-        x = self.lm.embed(torch.where(place, 0, input_ids))
+        known = 0 <= self.tokens.image < self.config.lm.vocab
+        x = self.lm.embed(input_ids if known else torch.where(place, 0, input_ids))
         if isinstance(media, Tensor):
             _check.shapes(media=(media, f"V {x.shape[-1]}"))
             media = Media(media, torch.arange(media.shape[0], device=media.device))
         count = 0 if media is None else len(media.order)
-        self._check_places(place, count)
         if media is None or count == 0:
             return self.keep_reachable(x, [self.vision, self.projector], self.config.vision.image_size)
         at = (place.flatten().cumsum(0) - 1).clamp(0, count - 1)
@@ -160,9 +160,13 @@ class Llava(MultimodalModel):
         newline = None if self.image_newline is None else self.image_newline[None]
         return splice_embeddings(x, media.rows, positions, special=newline)
 
-    def _check_places(self, place: Tensor, rows: int) -> None:
-        if place.device.type != "cpu" or torch.compiler.is_compiling():
+    def condition(self, input_ids: Tensor, media: Tensor | Media | None, cache: Cache | None) -> None:
+        """Nothing between the blocks; on CPU places are counted where a text begins: later a model may write such tokens."""
+        rows = 0 if media is None else len(media.order if isinstance(media, Media) else media)
+        begins = cache is None or cache.text.length == 0
+        if not (begins or rows) or input_ids.device.type != "cpu" or torch.compiler.is_compiling():
             return  # looking at values would make the host wait
+        place = input_ids == self.tokens.image
         found = int(place.sum())
         if found != rows:
             counts = ", ".join(map(str, place.sum(1).tolist()))

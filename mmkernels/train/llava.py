@@ -73,9 +73,10 @@ class LlavaObjectives(Objectives):
             pixels, kinds = (t.to(self.device) for t in drawn.shown(number, size))
             told = self.head.read(self.model.vision(pixels))
             held = kinds.where(kinds != drawn.nothing, IGNORE)  # once more without what is easy
-            return sum(
+            every, rare = (
                 F.cross_entropy(told.flatten(0, -2), k.flatten(), ignore_index=IGNORE) for k in (kinds, held)
             )
+            return every + rare
         batch: ReadingBatch = getattr(drawn, name)(number, size)
         if name == "echoes":
             return self.run(self.model, batch, media=self.head.code(batch.kinds.to(self.device))).loss
