@@ -95,7 +95,8 @@ class Llava(MultimodalModel):
     def encode(self, images: Tensor, plans: Sequence[Plan] | None = None) -> Tensor:
         """Pictures -> the visual tokens `[V, C]` of all of them, one after another; a frozen side records no gradient.
 
-        **Shapes** images `[B, I, 3, S, S]`, or `[N, 3, S, S]` where rows have different numbers of them. With `plans`
+        **Shapes** images `[B, I, 3, S, S]`, or `[N, 3, S, S]` where rows have different numbers of them, or packed patches as
+        `features` takes them. With `plans`
         (`data.slicing.llava_next`), one a picture: the views of all of them as `[N, 3, S, S]`, the whole picture before its
         tiles, or `[I, T, 3, S, S]`, where views behind a picture's own are not read. A model of tiles that is given no plans
         takes every picture for a single tile.
@@ -123,8 +124,19 @@ class Llava(MultimodalModel):
         return order_views(self.features(images), plans, rounding=self.config.rounding)
 
     def features(self, images: Tensor) -> Tensor:
-        """images `[N, 3, S, S]` -> projected features `[N, P, C]`."""
-        return self.projector(self.vision(images).to(self.projector.input.weight.dtype))
+        """images `[N, 3, S, S]`, or the rows of their patches `[N * patches, 3 patch_size^2]` as `data.front_end` packs them,
+        -> projected features `[N, P, C]`.
+        """
+        v = self.config.vision
+        if images.dim() == 2:
+            views = _check.shapes(patches=(images, f"R {3 * v.patch_size**2}"))["R"] // v.patches
+            if len(images) != views * v.patches:
+                raise ValueError(f"patches: got {len(images)} rows, expected whole views of {v.patches}")
+            hw = torch.full((views, 2), v.image_size // v.patch_size, device=images.device)
+            x = self.vision(images, hw).view(views, v.patches + v.keep_class, v.width)
+        else:
+            x = self.vision(images)
+        return self.projector(x.to(self.projector.input.weight.dtype))
 
     def expand(
         self,
