@@ -23,6 +23,18 @@ def explicit(ratios: Mapping[str, float]) -> dict[str, float]:
     return {name: ratio / total for name, ratio in ratios.items()}
 
 
+def capped(sizes: Mapping[str, float], most: float = 50_000) -> dict[str, float]:
+    """Shares by size, where no set counts as more than `most`: a large one does not crowd out the small ones.
+
+    **Raises** ValueError for no sets, for sizes below 0 or all 0, and for a cap that is not above 0. **Source** Yi-VL's third
+    stage (arXiv 2403.04652), 50,000 pairs a source.
+    """
+    if not most > 0:
+        raise ValueError(f"most: got {most}, expected a number above 0")
+    _check(sizes, "sizes")
+    return explicit({name: min(size, most) for name, size in sizes.items()})
+
+
 class Mixture:
     """Draws a set for every batch by fixed odds. Draws are numbered: draw `number` of a seed is always the same."""
 

@@ -15,6 +15,7 @@ from mmkernels.data.pages import QUESTION as WRITTEN
 from mmkernels.data.readings import SLOTS, ReadingBatch, Sight
 from mmkernels.data.readings import texts as reading_texts
 from mmkernels.models import Stage
+from mmkernels.models.base import IGNORE
 from mmkernels.models.llava_text import ask
 from mmkernels.train.evaluate import evaluating, right, shuffle
 from mmkernels.train.objectives import Objectives
@@ -71,7 +72,11 @@ class LlavaObjectives(Objectives):
         if name == "patches":
             pixels, kinds = (t.to(self.device) for t in drawn.shown(number, size))
             told = self.head.read(self.model.vision(pixels))
-            return F.cross_entropy(told.flatten(0, -2), kinds.flatten())
+            held = kinds.where(kinds != drawn.nothing, IGNORE)  # once more without what is easy
+            every, rare = (
+                F.cross_entropy(told.flatten(0, -2), k.flatten(), ignore_index=IGNORE) for k in (kinds, held)
+            )
+            return every + rare
         batch: ReadingBatch = getattr(drawn, name)(number, size)
         if name == "echoes":
             return self.run(self.model, batch, media=self.head.code(batch.kinds.to(self.device))).loss
