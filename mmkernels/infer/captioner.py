@@ -15,12 +15,14 @@ from mmkernels import models
 from mmkernels.data import Tokenizer, images, store
 from mmkernels.data.dialogues import QUESTION
 from mmkernels.data.frames import MAX_FRAMES
+from mmkernels.data.looks import look
 from mmkernels.data.pairs import INSTRUCTIONS
 from mmkernels.data.sequences import MAX_IMAGES
 from mmkernels.data.tokenizer import IMAGE
-from mmkernels.models import CogVLM, Lavin, LlamaVid, MultimodalModel, QwenVL, weights
+from mmkernels.models import CogVLM, Lavin, LlamaVid, Monkey, MultimodalModel, QwenVL, weights
 from mmkernels.models.qformer import Instruction
 from mmkernels.models.qwen_text import chat_prompt
+from mmkernels.models.spliced import Spliced
 
 Picture = str | Path | Image.Image
 
@@ -63,6 +65,8 @@ class Captioner:
         """
         device = next(self.model.parameters()).device
         count, frames = (1, self._frames(len(pictures))) if video else (len(pictures), 1)
+        if isinstance(self.model, Monkey | Spliced):
+            return self._read(self.model, pictures, prompt, max_new_tokens)
         ids = torch.tensor([self._ids(count, prompt)], device=device)
         places, mask = self.model.expand(ids, frames=frames)
         pixels = self._pixels(pictures).to(device) if pictures else None
@@ -71,8 +75,21 @@ class Captioner:
         answer = self.model.generate(pixels, places, mask, max_new_tokens=max_new_tokens, **told)
         return self.tokenizer.decode(answer[0].tolist()).strip()
 
+    def _read(self, model: Any, pictures: Sequence[Picture], prompt: str, limit: int) -> str:
+        """Continues a question about pictures of any size, which the model's own plan cuts."""
+        text, device = self._text(len(pictures), prompt), next(model.parameters()).device
+        if IMAGE in prompt:
+            asked = self.tokenizer.encode(text)
+        else:
+            asked = model.opening(self.tokenizer.encode(prompt.strip() or QUESTION), len(pictures))
+        opened = [p if isinstance(p, Image.Image) else images.load(p) for p in pictures]
+        looked = [look(picture, **model.config.look) for picture in opened]
+        made, media = model.told(looked, torch.tensor([asked], device=device))
+        answer = model.generate(None, made.ids, made.mask, media=media, max_new_tokens=limit)
+        return self.tokenizer.decode(answer[0].tolist()).strip()
+
     def _frames(self, frames: int) -> int:
-        if isinstance(self.model, CogVLM | Lavin | QwenVL):
+        if isinstance(self.model, CogVLM | Lavin | QwenVL | Spliced):
             raise ValueError("video: got one for a model of pictures, expected pictures")
         if not 1 <= frames <= MAX_FRAMES:
             raise ValueError(f"video: got {frames} frames, expected 1 to {MAX_FRAMES}")
@@ -124,4 +141,7 @@ def _image_size(folder: Path, config: Any) -> int:
     state = folder / "checkpoint.json"
     name = store.read_json(state).get("stage") if state.is_file() else None
     stage = next((stage for stage in config.stages if stage.name == name), config.stages[-1])
-    return stage.image_size or config.vision.image_size
+    vision = getattr(config, "vision", None)
+    return stage.image_size or (
+        0 if vision is None else vision.image_size
+    )  # pictures that are not resized have no side

@@ -53,6 +53,14 @@ class SlimeConfig:
     router: str = "cosine"
     temperature: float = 1.0
 
+    @property
+    def look(self) -> dict[str, Any]:
+        """How pictures are cut: arguments of `data.looks.look`."""
+        options = {
+            "tile": self.vision.image_size, "patch": self.vision.patch_size, "tokens_per_view": self.local_grid**2,
+        }  # fmt: skip
+        return {"rule": "slime", "options": options}
+
 
 class Tiles(NamedTuple):
     """views `[N, 3, S, S]`: of every picture the whole, then its tiles row by row; grids: every picture's (columns, rows)."""
@@ -187,6 +195,18 @@ class Slime(Spliced):
     def _kept(self, local: Tensor, words: Tensor) -> Tensor:
         told = torch.ones(len(words), dtype=torch.bool, device=words.device)
         return local[self.router(local, words.to(local.dtype), told)]
+
+    def told(
+        self,
+        looked: Sequence[Any],
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> tuple[Expanded, Tensor]:
+        return self.lay_out(input_ids, attention_mask, labels, self.encode(self.arrange(looked)))
+
+    def arrange(self, looked: Sequence[Any]) -> Tiles:
+        return Tiles(torch.stack(super().arrange(looked)), [one.plan.grid for one in looked])
 
     def forward(
         self,

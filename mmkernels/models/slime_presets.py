@@ -64,8 +64,8 @@ _LLAMA3 = Tokens(image=-200, end_of_chunk=128_009, end_of_text=128_001, pad=128_
 _TOWERS = Stage(
     "towers",  # no published part is this small: the ViT learns to name pictures, the language model to write what it is shown
     trainable=("vision.*", "lm.*"),
-    losses={"pictures": 1.0, "echoes": 1.0},
-    mix={"pictures": 2.0, "echoes": 1.0},
+    losses={"patches": 1.0, "echoes": 1.0},
+    mix={"patches": 1.0, "echoes": 1.0},
     learning_rate=2e-3,
     schedule="cosine",
     warmup=0.2,

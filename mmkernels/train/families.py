@@ -13,12 +13,16 @@ from mmkernels.models import (
     Blip2Seq2SeqConfig,
     CogVLMConfig,
     FlamingoConfig,
+    FuyuConfig,
     LavinConfig,
     LlamaVidConfig,
+    LlavaUHDConfig,
+    MonkeyConfig,
     QwenVLConfig,
+    SlimeConfig,
     Stage,
 )
-from mmkernels.train import cogvlm, lavin, qformer, qwen, seq2seq, video
+from mmkernels.train import cogvlm, lavin, qformer, qwen, seq2seq, sliced, video
 from mmkernels.train.objectives import Objectives
 
 
@@ -67,7 +71,9 @@ def _videos(dataset: Dataset, tokenizer: Tokenizer, config: LlamaVidConfig, seed
     return Videos(dataset, tokenizer, size, seed=seed, tokens_per_frame=places)
 
 
+_SLICED = Family(sliced.pictures, sliced.SlicedObjectives, sliced.measure, sliced.texts, sliced.words)
 _FAMILIES = {
+    **dict.fromkeys((FuyuConfig, LlavaUHDConfig, MonkeyConfig, SlimeConfig), _SLICED),
     CogVLMConfig: Family(cogvlm.grounding, cogvlm.CogVLMObjectives, cogvlm.measure, cogvlm.texts),
     FlamingoConfig: Family(_sequences),
     Blip2Config: Family(_pairs, qformer.QFormerObjectives, qformer.measure),
