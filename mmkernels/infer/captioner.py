@@ -17,9 +17,11 @@ from mmkernels.data.dialogues import QUESTION
 from mmkernels.data.frames import MAX_FRAMES
 from mmkernels.data.looks import look
 from mmkernels.data.pairs import INSTRUCTIONS
+from mmkernels.data.readings import Sight
 from mmkernels.data.sequences import MAX_IMAGES
 from mmkernels.data.tokenizer import IMAGE
-from mmkernels.models import CogVLM, Lavin, LlamaVid, Monkey, MultimodalModel, QwenVL, weights
+from mmkernels.models import CogVLM, Lavin, LlamaVid, Llava, Monkey, MultimodalModel, QwenVL, weights
+from mmkernels.models.llava_text import ask
 from mmkernels.models.qformer import Instruction
 from mmkernels.models.qwen_text import chat_prompt
 from mmkernels.models.spliced import Spliced
@@ -57,9 +59,9 @@ class Captioner:
         """Continues a prompt about pictures; greedy, so the same again every time.
 
         A prompt that holds `<image>` says where each picture stands; otherwise all pictures stand before it, and the
-        continuation is about the last one. LaVIN takes one picture or none. A Qwen-VL is asked as in its conversations, every
-        picture on a line of its own. `video`: the pictures are the frames of one video, which has one place in the text (see
-        `data.frames.load`).
+        continuation is about the last one. LaVIN takes one picture or none. A Qwen-VL and a LLaVA are asked as in their
+        conversations, every picture on a line of its own. `video`: the pictures are the frames of one video, which has one
+        place in the text (see `data.frames.load`).
         **Raises** ValueError when pictures and places differ in number, and for a video where the model knows none; ImageError
         for a picture that cannot be read.
         """
@@ -68,6 +70,8 @@ class Captioner:
         if isinstance(self.model, Monkey | Spliced):
             return self._read(self.model, pictures, prompt, max_new_tokens)
         ids = torch.tensor([self._ids(count, prompt)], device=device)
+        if isinstance(self.model, Llava):
+            return self._answer(self.model, pictures, ids, max_new_tokens)
         places, mask = self.model.expand(ids, frames=frames)
         pixels = self._pixels(pictures).to(device) if pictures else None
         pixels = pixels.unsqueeze(1) if video and pixels is not None else pixels
@@ -82,14 +86,24 @@ class Captioner:
             asked = self.tokenizer.encode(text)
         else:
             asked = model.opening(self.tokenizer.encode(prompt.strip() or QUESTION), len(pictures))
-        opened = [p if isinstance(p, Image.Image) else images.load(p) for p in pictures]
-        looked = [look(picture, **model.config.look) for picture in opened]
+        looked = [look(picture, **model.config.look) for picture in _opened(pictures)]
         made, media = model.told(looked, torch.tensor([asked], device=device))
         answer = model.generate(None, made.ids, made.mask, media=media, max_new_tokens=limit)
         return self.tokenizer.decode(answer[0].tolist()).strip()
 
+    def _answer(self, model: Llava, pictures: Sequence[Picture], ids: Tensor, limit: int) -> str:
+        """What a LLaVA says of pictures, which it is shown in as many views as its way to look takes."""
+        c = model.config
+        sight = Sight(c.aspect, self.size, c.vision.patch_size, c.pinpoints, c.rounding)
+        seen = [sight.see(p.convert("RGB")) for p in _opened(pictures)]
+        plans = [plan for _, plan in seen if plan is not None] or None
+        pixels = images.normalise(np.concatenate([views for views, _ in seen])).to(ids.device)
+        places, mask = model.expand(ids, plans=plans)
+        answer = model.generate(pixels, places, mask, plans=plans, max_new_tokens=limit)
+        return self.tokenizer.decode(answer[0].tolist()).strip()
+
     def _frames(self, frames: int) -> int:
-        if isinstance(self.model, CogVLM | Lavin | QwenVL | Spliced):
+        if isinstance(self.model, CogVLM | Lavin | Llava | QwenVL | Spliced):
             raise ValueError("video: got one for a model of pictures, expected pictures")
         if not 1 <= frames <= MAX_FRAMES:
             raise ValueError(f"video: got {frames} frames, expected 1 to {MAX_FRAMES}")
@@ -97,6 +111,8 @@ class Captioner:
 
     def _ids(self, pictures: int, prompt: str) -> list[int]:
         text, model, encode = self._text(pictures, prompt), self.model, self.tokenizer.encode
+        if isinstance(model, Llava):
+            return encode(ask(model.config.template, prompt.strip() or QUESTION, pictures))
         if not isinstance(model, QwenVL):
             return encode(text)
         if IMAGE in prompt:
@@ -131,9 +147,12 @@ class Captioner:
         )
 
     def _pixels(self, pictures: Sequence[Picture]) -> Tensor:
-        opened = [p if isinstance(p, Image.Image) else images.load(p) for p in pictures]
-        squares = [images.square(p.convert("RGB"), self.size) for p in opened]
+        squares = [images.square(p.convert("RGB"), self.size) for p in _opened(pictures)]
         return images.normalise(np.stack(squares)).unsqueeze(0)
+
+
+def _opened(pictures: Sequence[Picture]) -> list[Image.Image]:
+    return [p if isinstance(p, Image.Image) else images.load(p) for p in pictures]
 
 
 def _image_size(folder: Path, config: Any) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,16 +62,28 @@ def merge_anyres(
     return rows[torch.where(layout < 0, len(rows) - 1, layout)]
 
 
-def merge_batch(
-    features: Tensor, plans: Sequence[Plan], newline: Tensor | None, *, rounding: str = "llava"
-) -> Tensor:
-    """The tokens `[V, C]` of several pictures, whose views follow one another in features `[N, P, C]`."""
+class Media(NamedTuple):
+    """Visual tokens before they are put in order: rows `[R, C]`, and for every place of the batch, order int64 `[V]`, the row
+    that comes there or -2 for a newline.
+    """
+
+    rows: Tensor
+    order: Tensor
+
+
+def order_views(features: Tensor, plans: Sequence[Plan], *, rounding: str = "llava") -> Media:
+    """The tokens of several pictures, whose views follow one another in features `[N, P, C]`; nothing is copied but where maps
+    are made smaller.
+    """
     views = [plan.views for plan in plans]
     if sum(views) != features.shape[0]:
         raise ValueError(f"images: got {features.shape[0]} views, expected {sum(views)}, as the plans say")
-    parts = features.split(views) if views else ()
-    merged = [merge_anyres(f, plan, newline, rounding=rounding) for f, plan in zip(parts, plans, strict=True)]
-    return torch.cat(merged) if merged else features.flatten(0, 1)
+    made = [_rows(f, plan, rounding) for f, plan in zip(features.split(views), plans, strict=True)]
+    whole = all(len(rows) == n * features.shape[1] for rows, n in zip(made, views, strict=True))
+    starts = np.cumsum([0, *map(len, made)])
+    order = [np.where(p.layout < 0, -2, p.layout + at) for p, at in zip(plans, starts, strict=False)]
+    index = torch.from_numpy(np.concatenate(order)).to(features.device)
+    return Media(features.flatten(0, 1) if whole else torch.cat(made), index)
 
 
 def _rows(features: Tensor, plan: Plan, rounding: str) -> Tensor:

@@ -7,19 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkernels.layers._published import Table
 from mmkernels.layers.decoder import Decoder, DecoderConfig
 from mmkernels.layers.projector import Projector
 from mmkernels.layers.vision import VisionConfig, VisionTower
-from mmkernels.models.anyres import Plan, merge_batch
+from mmkernels.models.anyres import Media, Plan, order_views
 from mmkernels.models.anyres import merge_anyres as merge_anyres
-from mmkernels.models.base import Cache, MultimodalModel, Output, Tokens, fill_places
+from mmkernels.models.base import Cache, MultimodalModel, Output, Tokens
 from mmkernels.models.llava_tables import published
 from mmkernels.models.places import expand_images
 from mmkernels.models.splice import splice as splice
 from mmkernels.models.stages import Stage
+from mmkernels.ops.sliced_image import splice_embeddings
 from mmkernels.primitives import _check
 
 
@@ -99,17 +101,26 @@ class Llava(MultimodalModel):
         takes every picture for a single tile.
         **Raises** ValueError for shapes, and for plans that do not fit.
         """
+        rows, order = self.look(images, plans)
+        if self.image_newline is None:
+            return rows
+        newline = self.image_newline.to(rows.dtype)[None]
+        return torch.cat([rows, newline])[torch.where(order < 0, len(rows), order)]
+
+    def look(self, images: Tensor, plans: Sequence[Plan] | None = None) -> Media:
+        """As `encode`, before the tokens are put in their order: `embed` does that as it puts them into the text."""
         if plans is None:
             images = images.flatten(0, 1) if images.dim() == 5 else images
-            x, newline = self.features(images), self.image_newline
-            if newline is not None:
-                x = torch.cat([x, newline.to(x.dtype).expand(x.shape[0], 1, -1)], 1)
-            return x.flatten(0, 1)
+            x = self.features(images)
+            order = torch.arange(x.shape[0] * x.shape[1], device=x.device).view(x.shape[:2])
+            if self.image_newline is not None:
+                order = F.pad(order, (0, 1), value=-2)
+            return Media(x.flatten(0, 1), order.flatten())
         if self.image_newline is None:
             raise ValueError(f"plans: got {len(plans)} for aspect {self.config.aspect!r}, expected None")
         if images.dim() == 5:
             images = _views(images, plans)
-        return merge_batch(self.features(images), plans, self.image_newline, rounding=self.config.rounding)
+        return order_views(self.features(images), plans, rounding=self.config.rounding)
 
     def features(self, images: Tensor) -> Tensor:
         """images `[N, 3, S, S]` -> projected features `[N, P, C]`."""
@@ -133,17 +144,21 @@ class Llava(MultimodalModel):
         places = expand_images(input_ids, self.tokens, run, attention_mask=attention_mask, counts=counts)
         return places.ids, places.mask
 
-    def embed(self, input_ids: Tensor, media: Tensor | None) -> Tensor:
-        """Text embeddings `[B, T, C]` with the rows of media `[V, C]` at the places for them."""
+    def embed(self, input_ids: Tensor, media: Tensor | Media | None) -> Tensor:
+        """Text embeddings `[B, T, C]` with the visual tokens (`[V, C]`, or what `look` gave) at the places for them."""
         place = input_ids == self.tokens.image
         x = self.lm.embed(torch.where(place, 0, input_ids))
-        rows = 0 if media is None else media.shape[0]
-        self._check_places(place, rows)
-        if media is None or rows == 0:
+        if isinstance(media, Tensor):
+            _check.shapes(media=(media, f"V {x.shape[-1]}"))
+            media = Media(media, torch.arange(media.shape[0], device=media.device))
+        count = 0 if media is None else len(media.order)
+        self._check_places(place, count)
+        if media is None or count == 0:
             return self.keep_reachable(x, [self.vision, self.projector], self.config.vision.image_size)
-        _check.shapes(media=(media, f"V {x.shape[-1]}"))
-        filled = fill_places(x.flatten(0, 1)[None], place.flatten()[None], media[None])
-        return filled.view_as(x)
+        at = (place.flatten().cumsum(0) - 1).clamp(0, count - 1)
+        positions = torch.where(place, media.order[at].view_as(place), -1)
+        newline = None if self.image_newline is None else self.image_newline[None]
+        return splice_embeddings(x, media.rows, positions, special=newline)
 
     def _check_places(self, place: Tensor, rows: int) -> None:
         if place.device.type != "cpu" or torch.compiler.is_compiling():
@@ -169,7 +184,7 @@ class Llava(MultimodalModel):
     ) -> Output:
         """As `MultimodalModel.forward`, with the images and plans of `encode`, and its `[V, C]` for media."""
         if media is None and images is not None:
-            media = self.encode(images, plans)
+            media = self.look(images, plans)  # type: ignore[assignment]
         return super().forward(
             None, input_ids, attention_mask, labels, media=media, cache=cache, last_only=last_only
         )
@@ -187,7 +202,7 @@ class Llava(MultimodalModel):
     ) -> Tensor:
         """As `MultimodalModel.generate`, with the images and plans of `encode`."""
         if media is None and images is not None:
-            media = self.encode(images, plans)
+            media = self.look(images, plans)  # type: ignore[assignment]
         return super().generate(None, input_ids, attention_mask, media=media, **options)
 
     def _check(self, ids: Tensor, mask: Tensor | None, labels: Tensor | None, cache: Cache | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from mmkernels.layers.decoder import DecoderConfig
 from mmkernels.layers.vision import CLIP_L, VisionConfig
@@ -93,6 +94,57 @@ def _v1(lm: DecoderConfig) -> LlavaConfig:
     return LlavaConfig(CLIP_L_224, lm, _TOKENS, _V1, projector="linear", aspect="square")
 
 
+_TINY_LM = DecoderConfig(
+    "llama", replace(language.LLAMA2_7B.block, width=128, heads=4, hidden=256), layers=4, vocab=512, std=0.3
+)
+_TINY_TOWER = VisionConfig(
+    image_size=32, patch_size=8, width=96, layers=4, heads=4, hidden=192, activation="gelu", select_layer=-2
+)
+_TOWERS = Stage(
+    "towers",  # no published part is this small: the tower learns what is where, the language model to tell what it is shown
+    trainable=(*_read(_TINY_TOWER), "lm.*"),
+    losses={"patches": 1.0, "echoes": 1.0},
+    mix={"patches": 2.0, "echoes": 1.0},
+    learning_rate=2e-3,
+    schedule="cosine",
+    warmup=0.1,
+    steps=400,
+    betas=(0.9, 0.98),
+)
+
+
+def _small(stage: Stage, rate: float, steps: int, size: int | None = None) -> Stage:
+    """A published stage with what it freezes, at the length and rate of a model that is no larger than a test."""
+    kinds = {kind if kind in ("pairs", "instructions") else "instructions" for kind in stage.losses}
+    even = dict.fromkeys(sorted(kinds), 1.0)
+    return replace(
+        stage,
+        losses=even,
+        mix=even,
+        learning_rate=rate,
+        steps=steps,
+        warmup=0.1,
+        image_size=size,
+        betas=(0.9, 0.98),
+    )
+
+
+def _tiny(config: LlavaConfig, stages: tuple[Stage, ...], **changes: Any) -> LlavaConfig:
+    """A published model's ways at the size of a test."""
+    tokens = Tokens(image=2, end_of_chunk=3, end_of_text=1, pad=0)
+    tiny = {"vision": _TINY_TOWER, "lm": _TINY_LM, "tokens": tokens, "template": "short", **changes}
+    # a picture in tiles has as many views as a batch of others
+    towers = replace(_TOWERS, mix=dict.fromkeys(_TOWERS.mix, 1.0)) if config.aspect == "anyres" else _TOWERS
+    return replace(config, **tiny, stages=(towers, *stages))
+
+
+def _tiny_stages(recipe: tuple[Stage, ...], *changes: Any) -> tuple[Stage, ...]:
+    return tuple(_small(stage, *change) for stage, change in zip(recipe, changes, strict=True))
+
+
+_TINY_NEXT = (_NEXT[0], replace(_NEXT[1], trainable=(*_TEXT, "image_newline", *_read(_TINY_TOWER))))
+_TINY_H = replace(_TINY_TOWER, image_size=48, any_size=True)
+
 LLAVA = {
     "llava-7b": _v1(language.LLAMA_7B),
     "llava-13b": _v1(language.LLAMA_13B),
@@ -113,4 +165,16 @@ LLAVA = {
     "svit-13b": _v1_5(language.LLAMA2_13B, _SVIT),
     "yi-vl-6b": _yi_vl(language.YI_6B),
     "yi-vl-34b": _yi_vl(language.YI_34B),
+    "llava-tiny": _tiny(_v1(language.LLAMA_7B), _tiny_stages(_V1, (2e-3, 100), (1e-3, 100))),
+    "llava-1.5-tiny": _tiny(_v1_5(language.LLAMA2_7B), _tiny_stages(_V1_5, (2e-3, 100), (1e-3, 100))),
+    "llava-next-tiny": _tiny(
+        _next(language.LLAMA2_7B),
+        _tiny_stages(_TINY_NEXT, (2e-3, 75), (1e-3, 125)),
+        pinpoints=tuple((w * 32 // 336, h * 32 // 336) for w, h in PINPOINTS),
+    ),
+    "yi-vl-tiny": _tiny(
+        _yi_vl(language.YI_6B),
+        _tiny_stages(_yi(_TINY_H), (1e-3, 100, 24), (1e-3, 100), (1e-3, 100)),
+        vision=_TINY_H,
+    ),
 }

@@ -63,6 +63,7 @@ TEMPLATES = {
     "v0": Template("signal", _ASK.format("human"), ("Human", "Assistant")),
     "v1": Template("two", _ASK.format("user")),
     "plain": Template("plain"),
+    "short": Template("two", separators=(" ", "<|endoftext|>")),  # of models that are no larger than a test
     "yi": Template("signal", _YI, ("Human", "Assistant")),
 }
 
@@ -70,6 +71,14 @@ TEMPLATES = {
 def place_image(question: str) -> str:
     """A question about a picture with the image token on a line of its own before it, wherever it stood."""
     return f"{IMAGE}\n{question.replace(IMAGE, '').strip()}" if IMAGE in question else question
+
+
+def ask(template: str, question: str, images: int = 1) -> str:
+    """A question about pictures as a template of `TEMPLATES` writes it, up to its answer; each picture on a line of its own,
+    before the question unless it says itself where they stand.
+    """
+    lines = question.strip() if IMAGE in question else f"{IMAGE}\n" * images + question.strip()
+    return TEMPLATES[template].prompt([(lines, None)])
 
 
 def tokenize(text: str, encode: Encode, *, image: int = -200, begin: int | None = 1) -> list[int]:

@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels.models.base import IGNORE
+from mmkernels.ops.sliced_image import splice_embeddings
 from mmkernels.primitives import _check
+
+_NOTHING = -1  # where padding comes from
 
 
 class Spliced(NamedTuple):
@@ -44,7 +47,7 @@ def splice(
     `[V, C]` or what makes embeddings of ids. **Gradient** media and embed; a picture that is not shown gets zeros, not None.
     **Edge** position_ids count from 0 in every row, 0 at padding.
     **Raises** ValueError for shapes and for another number of pictures than are used up.
-    **Source** LLaVA's `prepare_inputs_labels_for_multimodal`. **Speed** one embedding, one gather.
+    **Source** LLaVA's `prepare_inputs_labels_for_multimodal`. **Speed** one embedding, one `splice_embeddings`.
     """
     _check.shapes(
         input_ids=(input_ids, "B T"), attention_mask=(attention_mask, "B T"), labels=(labels, "B T")
@@ -55,13 +58,7 @@ def splice(
     if old and (max_length is not None or padding_side == "left"):
         raise ValueError("release: got 'yi_vl' beside max_length or padding_side, expected its own rules")
     shown = _used(input_ids, attention_mask, media, image, old)
-    known = torch.where(input_ids == image, 0, input_ids)
-    text = F.embedding(known, embed) if isinstance(embed, Tensor) else embed(known)
-    width = text.shape[-1]
-    for number, part in enumerate(media):
-        _check.shapes(**{f"media[{number}]": (part, f"R {width}")})
-    rows = [text.flatten(0, 1), *(part.to(text.dtype) for part in media), text.new_zeros(1, width)]
-    starts = torch.tensor([len(part) for part in rows[:-1]]).cumsum(0).tolist()
+    starts = torch.tensor([input_ids.numel(), *map(len, media)]).cumsum(0).tolist()
     sources, valid = [], []
     for b, ids in enumerate(input_ids):
         keep = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask[b]
@@ -69,8 +66,8 @@ def splice(
         index, real = _row(ids, keep, b, spans, image, old)
         sources.append(index[:max_length])
         valid.append(real[:max_length])
-    index, mask = _padded(sources, starts[-1], padding_side), _padded(valid, 0, padding_side).bool()
-    return _gather(rows, index, mask, labels, input_ids.numel())
+    index, mask = _padded(sources, _NOTHING, padding_side), _padded(valid, 0, padding_side).bool()
+    return _laid(input_ids, media, embed, labels, index, mask)
 
 
 def _used(
@@ -114,11 +111,26 @@ def _padded(rows: list[Tensor], value: int, side: str) -> Tensor:
     return torch.stack(padded) if padded else torch.zeros(0, 0, dtype=torch.int64)
 
 
-def _gather(rows: list[Tensor], index: Tensor, mask: Tensor, labels: Tensor | None, text: int) -> Spliced:
-    table = torch.cat(rows)
-    embeddings = table[index.to(table.device)]
-    positions = torch.where(mask, mask.long().cumsum(1) - 1, 0)
+def _laid(
+    ids: Tensor,
+    media: Sequence[Tensor],
+    embed: Callable[[Tensor], Tensor] | Tensor,
+    labels: Tensor | None,
+    index: Tensor,
+    mask: Tensor,
+) -> Spliced:
+    """The rows that `index` describes: below the number of ids a token, behind it a row of a picture, or nothing."""
+    count, is_text = ids.numel(), (index >= 0) & (index < ids.numel())
+    at = torch.where(is_text, index, 0)
+    known = torch.where(is_text, ids.flatten()[at], 0) if count else index
+    x = F.embedding(known, embed) if isinstance(embed, Tensor) else embed(known)
+    for number, part in enumerate(media):
+        _check.shapes(**{f"media[{number}]": (part, f"R {x.shape[-1]}")})
+    visual = torch.cat([*media]) if media else x.new_zeros(0, x.shape[-1])
+    positions = torch.where(is_text, -1, torch.where(index < 0, -2, index - count))
+    x = splice_embeddings(x, visual, positions, special=x.new_zeros(1, x.shape[-1]))
+    places = torch.where(mask, mask.long().cumsum(1) - 1, 0)
     if labels is None:
-        return Spliced(embeddings, mask, None, positions)
-    told = labels.flatten()[index.clamp(max=max(text - 1, 0))] if text else torch.full_like(index, IGNORE)
-    return Spliced(embeddings, mask, torch.where(index < text, told, IGNORE), positions)
+        return Spliced(x, mask, None, places)
+    told = torch.where(is_text, labels.flatten()[at], IGNORE) if count else index
+    return Spliced(x, mask, told, places)

@@ -16,13 +16,14 @@ from mmkernels.models import (
     FuyuConfig,
     LavinConfig,
     LlamaVidConfig,
+    LlavaConfig,
     LlavaUHDConfig,
     MonkeyConfig,
     QwenVLConfig,
     SlimeConfig,
     Stage,
 )
-from mmkernels.train import cogvlm, lavin, qformer, qwen, seq2seq, sliced, video
+from mmkernels.train import cogvlm, lavin, llava, qformer, qwen, seq2seq, sliced, video
 from mmkernels.train.objectives import Objectives
 
 
@@ -80,6 +81,7 @@ _FAMILIES = {
     Blip2Seq2SeqConfig: Family(_pairs, seq2seq.Seq2SeqObjectives, qformer.measure),
     LavinConfig: Family(lavin.mixtures, lavin.LavinObjectives, lavin.measure),
     LlamaVidConfig: Family(_videos, video.VideoObjectives, video.measure),
+    LlavaConfig: Family(llava.readings, llava.LlavaObjectives, llava.measure, llava.texts),
     QwenVLConfig: Family(qwen.dialogues, qwen.QwenObjectives, words=qwen.words),
 }
 
