@@ -55,7 +55,7 @@ _TOWERS = Stage(
     learning_rate=2e-3,
     schedule="cosine",
     warmup=0.2,
-    steps=500,
+    steps=400,
 )
 
 LLAVA_UHD = {
@@ -79,8 +79,8 @@ LLAVA_UHD = {
         heads=4,
         stages=(
             _TOWERS,
-            replace(_align(1, 1), learning_rate=4e-3, warmup=0.1, steps=300),
-            replace(_instruct(1), mix={"instructions": 1.0}, learning_rate=1e-3, warmup=0.1, steps=500),
+            replace(_align(1, 1), learning_rate=4e-3, warmup=0.1, steps=100),
+            replace(_instruct(1), mix={"instructions": 1.0}, learning_rate=1e-3, warmup=0.1, steps=300),
         ),
         release="eccv",
     ),

@@ -69,14 +69,14 @@ _TOWERS = Stage(
     learning_rate=2e-3,
     schedule="cosine",
     warmup=0.2,
-    steps=500,
+    steps=400,
 )
 
 
 def _tiny() -> tuple[Stage, ...]:
     *align, instruct = _stages(1e-3)
-    small = [replace(stage, learning_rate=2e-3, warmup=0.1, steps=250) for stage in align]
-    last = replace(instruct, mix={"instructions": 1.0}, warmup=0.1, steps=500)
+    small = [replace(stage, learning_rate=2e-3, warmup=0.1, steps=60) for stage in align]
+    last = replace(instruct, mix={"instructions": 1.0}, warmup=0.1, steps=300)
     return (_TOWERS, *small, last)
 
 
