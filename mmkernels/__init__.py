@@ -8,6 +8,11 @@ from mmkernels.ops.gated_cross_attention import Intervals as Intervals
 from mmkernels.ops.gated_cross_attention import gated_cross_attention as gated_cross_attention
 from mmkernels.ops.gated_cross_attention import gated_feed_forward as gated_feed_forward
 from mmkernels.ops.gated_cross_attention import media_intervals as media_intervals
+from mmkernels.ops.moe import Routing as Routing
+from mmkernels.ops.moe import load_balancing_loss as load_balancing_loss
+from mmkernels.ops.moe import moe_capacity as moe_capacity
+from mmkernels.ops.moe import moe_ffn as moe_ffn
+from mmkernels.ops.moe import moe_route as moe_route
 from mmkernels.ops.resampler import QFormerIntervals as QFormerIntervals
 from mmkernels.ops.resampler import latent_attention as latent_attention
 from mmkernels.ops.resampler import qformer_intervals as qformer_intervals

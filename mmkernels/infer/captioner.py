@@ -20,7 +20,18 @@ from mmkernels.data.pairs import INSTRUCTIONS
 from mmkernels.data.readings import Sight
 from mmkernels.data.sequences import MAX_IMAGES
 from mmkernels.data.tokenizer import IMAGE
-from mmkernels.models import CogVLM, Lavin, LlamaVid, Llava, Monkey, MultimodalModel, QwenVL, weights
+from mmkernels.models import (
+    CogVLM,
+    Lavin,
+    LlamaVid,
+    Llava,
+    MoeLlava,
+    Monkey,
+    MultimodalModel,
+    QwenVL,
+    Stage,
+    weights,
+)
 from mmkernels.models.llava_text import ask
 from mmkernels.models.qformer import Instruction
 from mmkernels.models.qwen_text import chat_prompt
@@ -48,15 +59,25 @@ class Captioner:
             raise ValueError(f"{folder / 'run.json'}: damaged, it names no model")
         if model is not None and model != name:
             raise ValueError(f"model: got {model!r} for {folder}, expected {name!r}, which was trained there")
-        built = models.build(name)
+        built, config = models.build(name), models.config(name)
+        stage = _stage(folder, config)
+        built.enter(stage)
         weights.load(built, folder / "model.safetensors")
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
-        return cls(built.to(device), tokenizer, _image_size(folder, models.config(name)))
+        vision = getattr(config, "vision", None)  # Fuyu has none, and takes pictures as they are
+        return cls(built.to(device), tokenizer, stage.image_size or (vision.image_size if vision else 0))
 
     def caption(
-        self, pictures: Sequence[Picture], prompt: str = "", *, video: bool = False, max_new_tokens: int = 32
+        self,
+        pictures: Sequence[Picture],
+        prompt: str = "",
+        *,
+        video: bool = False,
+        max_new_tokens: int = 32,
+        **decoding: Any,
     ) -> str:
-        """Continues a prompt about pictures; greedy, so the same again every time.
+        """Continues a prompt about pictures; greedy, so the same again every time, unless `models.Decoding`'s options, which it
+        takes, say otherwise.
 
         A prompt that holds `<image>` says where each picture stands; otherwise all pictures stand before it, and the
         continuation is about the last one. LaVIN takes one picture or none. A Qwen-VL and a LLaVA are asked as in their
@@ -68,18 +89,18 @@ class Captioner:
         device = next(self.model.parameters()).device
         count, frames = (1, self._frames(len(pictures))) if video else (len(pictures), 1)
         if isinstance(self.model, Monkey | Spliced):
-            return self._read(self.model, pictures, prompt, max_new_tokens)
+            return self._read(self.model, pictures, prompt, max_new_tokens=max_new_tokens, **decoding)
         ids = torch.tensor([self._ids(count, prompt)], device=device)
         if isinstance(self.model, Llava):
-            return self._answer(self.model, pictures, ids, max_new_tokens)
+            return self._answer(self.model, pictures, ids, max_new_tokens=max_new_tokens, **decoding)
         places, mask = self.model.expand(ids, frames=frames)
         pixels = self._pixels(pictures).to(device) if pictures else None
         pixels = pixels.unsqueeze(1) if video and pixels is not None else pixels
         told: dict[str, Any] = self._instruction(prompt, count)
-        answer = self.model.generate(pixels, places, mask, max_new_tokens=max_new_tokens, **told)
+        answer = self.model.generate(pixels, places, mask, max_new_tokens=max_new_tokens, **told, **decoding)
         return self.tokenizer.decode(answer[0].tolist()).strip()
 
-    def _read(self, model: Any, pictures: Sequence[Picture], prompt: str, limit: int) -> str:
+    def _read(self, model: Any, pictures: Sequence[Picture], prompt: str, **decoding: Any) -> str:
         """Continues a question about pictures of any size, which the model's own plan cuts."""
         text, device = self._text(len(pictures), prompt), next(model.parameters()).device
         if IMAGE in prompt:
@@ -88,10 +109,10 @@ class Captioner:
             asked = model.opening(self.tokenizer.encode(prompt.strip() or QUESTION), len(pictures))
         looked = [look(picture, **model.config.look) for picture in _opened(pictures)]
         made, media = model.told(looked, torch.tensor([asked], device=device))
-        answer = model.generate(None, made.ids, made.mask, media=media, max_new_tokens=limit)
+        answer = model.generate(None, made.ids, made.mask, media=media, **decoding)
         return self.tokenizer.decode(answer[0].tolist()).strip()
 
-    def _answer(self, model: Llava, pictures: Sequence[Picture], ids: Tensor, limit: int) -> str:
+    def _answer(self, model: Llava, pictures: Sequence[Picture], ids: Tensor, **decoding: Any) -> str:
         """What a LLaVA says of pictures, which it is shown in as many views as its way to look takes."""
         c = model.config
         sight = Sight(c.aspect, self.size, c.vision.patch_size, c.pinpoints, c.rounding)
@@ -99,11 +120,11 @@ class Captioner:
         plans = [plan for _, plan in seen if plan is not None] or None
         pixels = images.normalise(np.concatenate([views for views, _ in seen])).to(ids.device)
         places, mask = model.expand(ids, plans=plans)
-        answer = model.generate(pixels, places, mask, plans=plans, max_new_tokens=limit)
+        answer = model.generate(pixels, places, mask, plans=plans, **decoding)
         return self.tokenizer.decode(answer[0].tolist()).strip()
 
     def _frames(self, frames: int) -> int:
-        if isinstance(self.model, CogVLM | Lavin | Llava | QwenVL | Spliced):
+        if isinstance(self.model, CogVLM | Lavin | Llava | MoeLlava | QwenVL | Spliced):
             raise ValueError("video: got one for a model of pictures, expected pictures")
         if not 1 <= frames <= MAX_FRAMES:
             raise ValueError(f"video: got {frames} frames, expected 1 to {MAX_FRAMES}")
@@ -155,12 +176,8 @@ def _opened(pictures: Sequence[Picture]) -> list[Image.Image]:
     return [p if isinstance(p, Image.Image) else images.load(p) for p in pictures]
 
 
-def _image_size(folder: Path, config: Any) -> int:
-    """The side of the pictures in the stage where a checkpoint was taken; without its record, in the last one."""
+def _stage(folder: Path, config: Any) -> Stage:
+    """The stage where a checkpoint was taken; without its record, the last one."""
     state = folder / "checkpoint.json"
     name = store.read_json(state).get("stage") if state.is_file() else None
-    stage = next((stage for stage in config.stages if stage.name == name), config.stages[-1])
-    vision = getattr(config, "vision", None)
-    return stage.image_size or (
-        0 if vision is None else vision.image_size
-    )  # pictures that are not resized have no side
+    return next((stage for stage in config.stages if stage.name == name), config.stages[-1])

@@ -10,11 +10,16 @@ from mmkernels.layers.decoder import Decoder as Decoder
 from mmkernels.layers.decoder import DecoderConfig as DecoderConfig
 from mmkernels.layers.gated_cross_attention import GatedCrossAttentionBlock as GatedCrossAttentionBlock
 from mmkernels.layers.gated_cross_attention import project_media_all as project_media_all
+from mmkernels.layers.grouping_projector import GroupingProjector as GroupingProjector
 from mmkernels.layers.mixture_adapter import MixtureAdapter as MixtureAdapter
 from mmkernels.layers.mlp import MLP as MLP
 from mmkernels.layers.modality_adapter import AdapterConfig as AdapterConfig
 from mmkernels.layers.modality_adapter import ModalityAdapter as ModalityAdapter
+from mmkernels.layers.moe import ExpertsConfig as ExpertsConfig
+from mmkernels.layers.moe import MoE as MoE
 from mmkernels.layers.monkey_block import MonkeyBlock as MonkeyBlock
+from mmkernels.layers.output_projection import OutputProjection as OutputProjection
+from mmkernels.layers.output_projection import alignment_loss as alignment_loss
 from mmkernels.layers.positions import interpolate_positions as interpolate_positions
 from mmkernels.layers.positions import sincos_positions as sincos_positions
 from mmkernels.layers.projector import Projector as Projector
@@ -28,6 +33,8 @@ from mmkernels.layers.t5 import T5 as T5
 from mmkernels.layers.t5 import T5Cache as T5Cache
 from mmkernels.layers.t5 import T5Config as T5Config
 from mmkernels.layers.text_router import TextGuidedRouter as TextGuidedRouter
+from mmkernels.layers.upcycling import make_dense as make_dense
+from mmkernels.layers.upcycling import upcycle as upcycle
 from mmkernels.layers.vision import VisionConfig as VisionConfig
 from mmkernels.layers.vision import VisionTower as VisionTower
 from mmkernels.layers.visual_expert import VisualExpertAttention as VisualExpertAttention

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,20 @@ class Packed(NamedTuple):
     slice: Tensor
 
 
+class Record:
+    """What layers leave for whoever runs them. An object of its own: wrappers of modules copy the lists that they are given."""
+
+    def __init__(self) -> None:
+        self.kept: list[Any] = []
+
+
 class Visibility(NamedTuple):
     """What all layers of a stack share: which keys a row sees, and how positions enter.
 
     lo, hi int32 `[B, T]`; rotary `(cos, sin)`, each `[B, T, 1, R / 2]`, turns the first R of every head; slopes `[H]` is ALiBi.
     `first [B]` is where a row's first token stands, for adapters that read it; None: at 0. With `packed` there is one row,
-    whose tokens see their own slice, whatever lo and hi say.
+    whose tokens see their own slice, whatever lo and hi say. Layers with experts leave their `Routing` in
+    `routings`.
     """
 
     lo: Tensor
@@ -34,6 +42,7 @@ class Visibility(NamedTuple):
     alibi_slopes: Tensor | None = None
     first: Tensor | None = None
     packed: Packed | None = None
+    routings: Record | None = None
 
 
 class KVCache:
@@ -66,6 +75,16 @@ class KVCache:
         self.k[layer, :, self.length : end] = k
         self.v[layer, :, self.length : end] = v
         return self.k[layer, :, :end], self.v[layer, :, :end]
+
+    def select(self, rows: Tensor) -> KVCache:
+        """A cache of the sequences `rows` `[N]`, some perhaps several times, some not at all."""
+        layers, _, *rest = self.k.shape
+        found = KVCache((layers, len(rows), *rest), dtype=self.k.dtype, device=self.k.device)  # type: ignore[arg-type]
+        for mine, theirs in ((self.k, found.k), (self.v, found.v)):
+            theirs[:, :, : self.length] = mine[:, rows, : self.length]
+        found.start, found.length = self.start[rows], self.length
+        found.kept = {layer: decided[rows] for layer, decided in self.kept.items()}
+        return found
 
 
 def rotary_table(

@@ -14,6 +14,7 @@ from mmkernels.models.base import Output as Output
 from mmkernels.models.base import Tokens as Tokens
 from mmkernels.models.cogvlm import CogVLM as CogVLM
 from mmkernels.models.cogvlm import CogVLMConfig as CogVLMConfig
+from mmkernels.models.decoding import Decoding as Decoding
 from mmkernels.models.flamingo import Flamingo as Flamingo
 from mmkernels.models.flamingo import FlamingoConfig as FlamingoConfig
 from mmkernels.models.flamingo import flamingo_labels as flamingo_labels
@@ -27,8 +28,12 @@ from mmkernels.models.llava import Llava as Llava
 from mmkernels.models.llava import LlavaConfig as LlavaConfig
 from mmkernels.models.llava_uhd import LlavaUHD as LlavaUHD
 from mmkernels.models.llava_uhd import LlavaUHDConfig as LlavaUHDConfig
+from mmkernels.models.moe_llava import MoeLlava as MoeLlava
+from mmkernels.models.moe_llava import MoeLlavaConfig as MoeLlavaConfig
 from mmkernels.models.monkey import Monkey as Monkey
 from mmkernels.models.monkey import MonkeyConfig as MonkeyConfig
+from mmkernels.models.next_gpt import NextGpt as NextGpt
+from mmkernels.models.next_gpt import NextGptConfig as NextGptConfig
 from mmkernels.models.presets import PRESETS as _PRESETS
 from mmkernels.models.qformer import Blip2 as Blip2
 from mmkernels.models.qformer import Blip2Config as Blip2Config
@@ -52,6 +57,8 @@ Config = (
     | LlavaConfig
     | LlavaUHDConfig
     | MonkeyConfig
+    | MoeLlavaConfig
+    | NextGptConfig
     | QwenVLConfig
     | SlimeConfig
 )
@@ -62,6 +69,8 @@ _FAMILIES = {
     LavinConfig: Lavin,
     LlamaVidConfig: LlamaVid,
     LlavaConfig: Llava,
+    MoeLlavaConfig: MoeLlava,
+    NextGptConfig: NextGpt,
     Blip2Config: Blip2,
     Blip2Seq2SeqConfig: Blip2Seq2Seq,
     LlavaUHDConfig: LlavaUHD,

@@ -15,7 +15,9 @@ from mmkernels.models.lavin_presets import LAVIN
 from mmkernels.models.llama_vid_presets import LLAMA_VID
 from mmkernels.models.llava_presets import LLAVA
 from mmkernels.models.llava_uhd_presets import LLAVA_UHD
+from mmkernels.models.moe_llava_presets import MOE_LLAVA
 from mmkernels.models.monkey_presets import MONKEY
+from mmkernels.models.next_gpt_presets import NEXT_GPT
 from mmkernels.models.qformer_presets import QFORMER_MODELS
 from mmkernels.models.qwen_presets import QWEN_VL
 from mmkernels.models.slime_presets import SLIME
@@ -72,6 +74,8 @@ PRESETS = (
     | LLAVA_UHD
     | MONKEY
     | SLIME
+    | MOE_LLAVA
+    | NEXT_GPT
     | QFORMER_MODELS
     | QWEN_VL
     | {

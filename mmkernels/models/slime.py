@@ -105,12 +105,12 @@ class Slime(Spliced):
         self.sampler = SpatialResampler(c.local_grid, c.vision.width, c.heads, release="slime")
         self.router = TextGuidedRouter(c.router, width, temperature=c.temperature)
         self.lm = Decoder(c.lm)
-        c.stages[-1].freeze(self)
-        self.enter(c.stages[-1].name)
+        self.enter(c.stages[-1])
 
-    def enter(self, stage: str) -> None:
-        """Reads pictures as the stage of this name does."""
-        self.mode = self.config.modes.get(stage, Mode())
+    def enter(self, stage: Stage) -> None:
+        """Trains what the stage trains, and reads pictures as it does."""
+        super().enter(stage)
+        self.mode = self.config.modes.get(stage.name, Mode())
         self.router.top_p = self.mode.top_p
 
     def sees(self) -> Sequence[nn.Module]:

@@ -18,12 +18,14 @@ from mmkernels.models import (
     LlamaVidConfig,
     LlavaConfig,
     LlavaUHDConfig,
+    MoeLlavaConfig,
     MonkeyConfig,
+    NextGptConfig,
     QwenVLConfig,
     SlimeConfig,
     Stage,
 )
-from mmkernels.train import cogvlm, lavin, llava, qformer, qwen, seq2seq, sliced, video
+from mmkernels.train import cogvlm, lavin, llava, moe_llava, next_gpt, qformer, qwen, seq2seq, sliced, video
 from mmkernels.train.objectives import Objectives
 
 
@@ -82,6 +84,10 @@ _FAMILIES = {
     LavinConfig: Family(lavin.mixtures, lavin.LavinObjectives, lavin.measure),
     LlamaVidConfig: Family(_videos, video.VideoObjectives, video.measure),
     LlavaConfig: Family(llava.readings, llava.LlavaObjectives, llava.measure, llava.texts),
+    MoeLlavaConfig: Family(moe_llava.pairs, moe_llava.MoeLlavaObjectives, moe_llava.measure),
+    NextGptConfig: Family(
+        next_gpt.switching, next_gpt.NextGptObjectives, next_gpt.measure, next_gpt.texts, next_gpt.words
+    ),
     QwenVLConfig: Family(qwen.dialogues, qwen.QwenObjectives, words=qwen.words),
 }
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmkernels.data import Dataset, Tokenizer, cuttings
 from mmkernels.data.cuttings import SLOTS, CutBatch, Cutting, Cuttings
 from mmkernels.data.looks import Looked, look
-from mmkernels.models import LlavaUHD, Monkey, Slime, Stage
+from mmkernels.models import LlavaUHD, Monkey, Stage
 from mmkernels.train.evaluate import evaluating, shuffle
 from mmkernels.train.objectives import Objectives
 
@@ -82,7 +82,6 @@ class SlicedObjectives(Objectives):
         if name not in self.names():
             known = ", ".join(self.names())
             raise ValueError(f"stage {stage.name!r}: loss {name!r} is unknown, expected one of {known}")
-        enter(self.model, stage)
         size = self._size(name, stage.mix)
         if name == "patches":
             return self._patches(self.sequences.shown(number, size))
@@ -129,12 +128,6 @@ class SlicedObjectives(Objectives):
 
     def hits(self, model: Any, batch: Any, pictures: Tensor) -> Tensor:
         return right(model, batch, pictures)
-
-
-def enter(model: Any, stage: Stage) -> None:
-    """SliME's stages read different parts of a picture."""
-    if isinstance(model, Slime):
-        model.enter(stage.name)
 
 
 def patch_size(config: Any) -> int:
@@ -191,6 +184,5 @@ def measure(model: Any, sequences: Cuttings, stage: Stage) -> dict[str, Any]:
     """After a stage that learns from pictures and text: `read`."""
     if not {"pairs", "instructions"} & {*stage.losses}:
         return {}
-    enter(model, stage)
     with evaluating(model):
         return read(model, sequences, HELD_OUT)

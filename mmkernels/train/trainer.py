@@ -85,11 +85,11 @@ class Trainer:
         return len(self.stages) - 1
 
     def _enter(self, index: int) -> None:
-        """Freezes what the stage freezes and gives it an optimizer of its own."""
+        """Makes the model what the stage trains and gives it an optimizer of its own."""
         self.index = index
         self.stage: Stage = self.stages[index][0]
         self.start = sum(steps for _, steps in self.stages[:index])
-        self.stage.freeze(self.model)
+        self.model.enter(self.stage)
         self.optimizer = torch.optim.AdamW(
             self.objectives.parameters(self.stage), lr=self.stage.learning_rate, betas=self.stage.betas
         )
