@@ -29,7 +29,8 @@ class LlavaUHDConfig:
 
     `vision.any_size` has to be set: slices have sizes of their own. `tokens.image` stands for one visual token; `comma` and
     `newline` are the words behind a slice and behind a row of them. A picture is cut into at most `max_slices`. `stages` are
-    the training recipe; the last one says what a freshly built model trains.
+    the training recipe, and those named in `single` show the whole picture alone; the last one says what a freshly built model
+    trains.
     """
 
     vision: VisionConfig
@@ -42,6 +43,7 @@ class LlavaUHDConfig:
     stages: tuple[Stage, ...]
     release: str = "original"
     max_slices: int | None = None
+    single: tuple[str, ...] = ()
 
     @property
     def look(self) -> dict[str, Any]:
@@ -94,7 +96,12 @@ class LlavaUHD(Spliced):
         self.vision = VisionTower(c.vision)
         self.resampler = SpatialResampler(c.grid, width, c.heads, c.vision.width, release=c.release)
         self.lm = Decoder(c.lm)
-        c.stages[-1].freeze(self)
+        self.enter(c.stages[-1])
+
+    def enter(self, stage: Stage) -> None:
+        """Trains what the stage trains, and is told of pictures as it is."""
+        super().enter(stage)
+        self.single = stage.name in self.config.single
 
     def sees(self) -> Sequence[nn.Module]:
         return self.vision, self.resampler
@@ -111,6 +118,12 @@ class LlavaUHD(Spliced):
             return view
         row = [*view, c.comma] * (columns - 1) + [*view, c.newline]
         return row * rows + view
+
+    def layout(self, one: Any) -> list[int]:
+        return self.run(1, 1) if self.single else super().layout(one)
+
+    def shown(self, one: Any) -> Sequence[Tensor]:
+        return one.views[-1:] if self.single else one.views
 
     def encode(self, images: Pictures) -> Tensor:  # type: ignore[override]
         """Slices `[S, 3, H, W]`, or a sequence of `[3, H, W]` of any sizes, one after another -> `[V, C]`.

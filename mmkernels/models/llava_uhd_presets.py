@@ -14,7 +14,7 @@ from mmkernels.models.stages import Stage
 
 def _align(pairs: float, batch: int) -> Stage:
     return Stage(
-        "align",  # the resampler alone, on whole pictures; the ViT is never trained
+        "align",  # the resampler alone; the ViT is never trained
         trainable=("resampler.*",),
         losses={"pairs": 1.0},
         mix={"pairs": pairs},
@@ -65,7 +65,7 @@ LLAVA_UHD = {
     ),
     "llava-uhd-eccv-13b": LlavaUHDConfig(
         _TOWER, language.LLAMA2_13B, _TOKENS, comma=29_892, newline=13, grid=12, heads=40,
-        stages=(_align(558_128, 256), _instruct(665_298)), release="eccv",
+        stages=(_align(558_128, 256), _instruct(665_298)), release="eccv", single=("align",),
     ),
     "llava_uhd-tiny": LlavaUHDConfig(
         vision=VisionConfig(
@@ -83,5 +83,6 @@ LLAVA_UHD = {
             replace(_instruct(1), mix={"instructions": 1.0}, learning_rate=1e-3, warmup=0.1, steps=300),
         ),
         release="eccv",
+        single=("align",),
     ),
 }  # fmt: skip

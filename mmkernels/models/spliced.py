@@ -84,16 +84,25 @@ class Spliced(MultimodalModel):
         labels: Tensor | None = None,
     ) -> tuple[Expanded, Any]:
         """A text with one image token a picture, and what `data.looks` made of the pictures -> text and media for `forward`."""
-        c = self.config
-        names = {name: getattr(c, name) for name in ("newline", "comma") if hasattr(c, name)}
-        runs = [one.plan.ids(self.tokens.image, **names).tolist() for one in looked]
+        runs = [self.layout(one) for one in looked]
         made = place_runs(input_ids, self.tokens, runs, attention_mask=attention_mask, labels=labels)
         return made, self.encode(self.arrange(looked))
+
+    def layout(self, one: Any) -> list[int]:
+        """What stands in a text for a picture as `data.looks` has it."""
+        names = {
+            name: getattr(self.config, name) for name in ("newline", "comma") if hasattr(self.config, name)
+        }
+        return one.plan.ids(self.tokens.image, **names).tolist()
+
+    def shown(self, one: Any) -> Sequence[Tensor]:
+        """The views of a picture that are read."""
+        return one.views
 
     def arrange(self, looked: Sequence[Any]) -> Any:
         """What `encode` takes, of what `data.looks` made of pictures."""
         device = self.lm.embedding.weight.device
-        return [view.to(device) for one in looked for view in one.views]
+        return [view.to(device) for one in looked for view in self.shown(one)]
 
     def _reachable(self, x: Tensor) -> Tensor:
         """In training a batch without pictures reads a black one, times 0: every rank's graph has the same parameters."""
