@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     table = Table("model", "parameters", "image", "layers", "width", "stages")
     for row in found:
         parameters = f"{row['parameters'] / 1e6:,.1f} M"
-        numbers = (str(row[key]) for key in ("image_size", "layers", "width"))
+        numbers = (str(row[key] or "any") for key in ("image_size", "layers", "width"))
         table.add_row(row["name"], parameters, *numbers, ", ".join(row["stages"]))
     Console().print(table)
     return 0
@@ -41,10 +41,11 @@ def run(options: argparse.Namespace) -> int:
 
 def _describe(name: str) -> dict[str, Any]:
     config, model = models.config(name), models.build(name, device="meta", dtype=torch.bfloat16)
+    vision = getattr(config, "vision", None)
     return {
         "name": name,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "image_size": config.vision.image_size,
+        "image_size": vision.image_size if vision else None,  # without a tower: any
         "layers": config.lm.layers,
         "width": config.lm.width if isinstance(config.lm, T5Config) else config.lm.block.width,
         "stages": [stage.name for stage in config.stages],

@@ -7,6 +7,8 @@ import functools
 from collections.abc import Callable
 
 from mmkernels.data import digits, stamps
+from mmkernels.data.cuttings import CutBatch as CutBatch
+from mmkernels.data.cuttings import Cuttings as Cuttings
 from mmkernels.data.dataset import Dataset as Dataset
 from mmkernels.data.dialogues import Dialogues as Dialogues
 from mmkernels.data.grounding import Grounding as Grounding
