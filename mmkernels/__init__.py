@@ -16,6 +16,13 @@ from mmkernels.ops.moe import moe_route as moe_route
 from mmkernels.ops.resampler import QFormerIntervals as QFormerIntervals
 from mmkernels.ops.resampler import latent_attention as latent_attention
 from mmkernels.ops.resampler import qformer_intervals as qformer_intervals
+from mmkernels.ops.sliced_image import region_attention as region_attention
+from mmkernels.ops.sliced_image import region_pool as region_pool
+from mmkernels.ops.sliced_image import segment_lora as segment_lora
+from mmkernels.ops.sliced_image import slice_attention as slice_attention
+from mmkernels.ops.sliced_image import slice_offsets as slice_offsets
+from mmkernels.ops.sliced_image import slice_patch_embed as slice_patch_embed
+from mmkernels.ops.sliced_image import splice_embeddings as splice_embeddings
 from mmkernels.ops.visual_expert import expert_mask as expert_mask
 from mmkernels.ops.visual_expert import expert_mlp as expert_mlp
 from mmkernels.ops.visual_expert import expert_qkv as expert_qkv

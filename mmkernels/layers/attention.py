@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmkernels.layers.norm import make_norm
+from mmkernels.ops.sliced_image import slice_attention
 from mmkernels.primitives import _check
 from mmkernels.primitives.interval_attention import interval_attention
 
@@ -19,12 +20,19 @@ class Record:
         self.kept: list[Any] = []
 
 
+class Packed(NamedTuple):
+    """Slices behind one another in one row: their offsets int32 `[S + 1]`, and the slice of each token `[T]`."""
+
+    offsets: Tensor
+    slice: Tensor
+
+
 class Visibility(NamedTuple):
     """What all layers of a stack share: which keys a row sees, and how positions enter.
 
     lo, hi int32 `[B, T]`; rotary `(cos, sin)`, each `[B, T, 1, R / 2]`, turns the first R of every head; slopes `[H]` is ALiBi.
-    `first [B]` is where a row's first token stands, for adapters that read it; None: at 0. Layers with experts leave
-    their `Routing` in `routings`.
+    `first [B]` is where a row's first token stands, for adapters that read it; None: at 0. With `packed` there is one row,
+    whose tokens see their own slice, whatever lo and hi say. Layers with experts leave their `Routing` in `routings`.
     """
 
     lo: Tensor
@@ -33,6 +41,7 @@ class Visibility(NamedTuple):
     alibi_slopes: Tensor | None = None
     first: Tensor | None = None
     routings: Record | None = None
+    packed: Packed | None = None
 
 
 class KVCache:
@@ -153,6 +162,9 @@ class SelfAttention(nn.Module):
             q, k = rotate(q, seen.rotary), rotate(k, seen.rotary)
         if cache is not None:
             k, v = cache.append(layer, k, v)
+        if seen.packed is not None:
+            o = slice_attention(q.squeeze(0), k.squeeze(0), v.squeeze(0), seen.packed.offsets)
+            return self.out(o.flatten(1).unsqueeze(0))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         o = interval_attention(q, k, v, seen.lo, seen.hi, alibi_slopes=seen.alibi_slopes)
         return self.out(o.transpose(1, 2).flatten(2))  # type: ignore[union-attr]

@@ -96,18 +96,18 @@ class Block(nn.Module):
     def forward(self, x: Tensor, seen: Visibility, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         """x `[B, T, C]` -> the same shape; with a cache the T rows continue what `layer` has stored."""
         if self.config.norm_after and self.mlp_norm is not None:
-            x = x + self.attention_norm(self.attention(x, seen, cache, layer))
-            return x + self.mlp_norm(self._feed(x, seen))
+            x = x + self._drop(self.attention_norm(self.attention(x, seen, cache, layer)), seen)
+            return x + self._drop(self.mlp_norm(self._feed(x, seen)), seen)
         normed = self.attention_norm(x)
         adapted = normed
         if self.adapter is not None and self.config.adapter is not None:
             kept = None if cache is None else cache.kept
             adapted = self.adapter.adapt(normed, self.config.adapter.reads, seen.first, kept, layer)
-        attended = self._drop(self.attention(adapted, seen, cache, layer))
+        attended = self._drop(self.attention(adapted, seen, cache, layer), seen)
         if self.mlp_norm is None:
-            return x + attended + self._drop(self._feed(normed, seen))
+            return x + attended + self._drop(self._feed(normed, seen), seen)
         x = x + attended
-        return x + self._drop(self._feed(self.mlp_norm(x), seen))
+        return x + self._drop(self._feed(self.mlp_norm(x), seen), seen)
 
     def _feed(self, x: Tensor, seen: Visibility) -> Tensor:
         """The feed-forward, or the experts, which say who went where."""
@@ -118,11 +118,14 @@ class Block(nn.Module):
             seen.routings.kept.append(routing)
         return y
 
-    def _drop(self, x: Tensor) -> Tensor:
-        """Stochastic depth, a sequence at a time; what stays is scaled up."""
+    def _drop(self, x: Tensor, seen: Visibility) -> Tensor:
+        """Stochastic depth, a sequence or packed slice at a time; what stays is scaled up."""
         p = self.config.drop_path
         if p == 0 or not self.training:
             return x
+        if seen.packed is not None:
+            kept = F.dropout(x.new_ones(seen.packed.offsets.shape[0], 1), p)
+            return x * kept[seen.packed.slice]
         return x * F.dropout(x.new_ones(x.shape[0], 1, 1), p)
 
 

@@ -22,6 +22,8 @@ from mmkernels.models.lavin import Lavin as Lavin
 from mmkernels.models.lavin import LavinConfig as LavinConfig
 from mmkernels.models.llama_vid import LlamaVid as LlamaVid
 from mmkernels.models.llama_vid import LlamaVidConfig as LlamaVidConfig
+from mmkernels.models.llava import Llava as Llava
+from mmkernels.models.llava import LlavaConfig as LlavaConfig
 from mmkernels.models.moe_llava import MoeLlava as MoeLlava
 from mmkernels.models.moe_llava import MoeLlavaConfig as MoeLlavaConfig
 from mmkernels.models.presets import PRESETS as _PRESETS
@@ -42,6 +44,7 @@ Config = (
     | LavinConfig
     | LlamaVidConfig
     | MoeLlavaConfig
+    | LlavaConfig
     | QwenVLConfig
 )
 _FAMILIES = {
@@ -50,6 +53,7 @@ _FAMILIES = {
     LavinConfig: Lavin,
     LlamaVidConfig: LlamaVid,
     MoeLlavaConfig: MoeLlava,
+    LlavaConfig: Llava,
     Blip2Config: Blip2,
     Blip2Seq2SeqConfig: Blip2Seq2Seq,
     QwenVLConfig: QwenVL,

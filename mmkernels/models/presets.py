@@ -12,6 +12,7 @@ from mmkernels.models.cogvlm_presets import COGVLM
 from mmkernels.models.flamingo import CrossConfig, FlamingoConfig, ResamplerConfig
 from mmkernels.models.lavin_presets import LAVIN
 from mmkernels.models.llama_vid_presets import LLAMA_VID
+from mmkernels.models.llava_presets import LLAVA
 from mmkernels.models.moe_llava_presets import MOE_LLAVA
 from mmkernels.models.qformer_presets import QFORMER_MODELS
 from mmkernels.models.qwen_presets import QWEN_VL
@@ -63,6 +64,7 @@ PRESETS = (
     COGVLM
     | LAVIN
     | LLAMA_VID
+    | LLAVA
     | MOE_LLAVA
     | QFORMER_MODELS
     | QWEN_VL

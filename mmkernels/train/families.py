@@ -15,11 +15,12 @@ from mmkernels.models import (
     FlamingoConfig,
     LavinConfig,
     LlamaVidConfig,
+    LlavaConfig,
     MoeLlavaConfig,
     QwenVLConfig,
     Stage,
 )
-from mmkernels.train import cogvlm, lavin, moe_llava, qformer, qwen, seq2seq, video
+from mmkernels.train import cogvlm, lavin, llava, moe_llava, qformer, qwen, seq2seq, video
 from mmkernels.train.objectives import Objectives
 
 
@@ -75,7 +76,8 @@ _FAMILIES = {
     Blip2Seq2SeqConfig: Family(_pairs, seq2seq.Seq2SeqObjectives, qformer.measure),
     LavinConfig: Family(lavin.mixtures, lavin.LavinObjectives, lavin.measure),
     LlamaVidConfig: Family(_videos, video.VideoObjectives, video.measure),
-    MoeLlavaConfig: Family(moe_llava.pairs, moe_llava.MoeLlavaObjectives, moe_llava.measure),
+    LlavaConfig: Family(llava.readings, llava.LlavaObjectives, llava.measure, llava.texts),
+    MoeLlavaConfig: Family(llava.readings, moe_llava.MoeLlavaObjectives, moe_llava.measure, llava.texts),
     QwenVLConfig: Family(qwen.dialogues, qwen.QwenObjectives, words=qwen.words),
 }
 

@@ -167,8 +167,8 @@ class Trainer:
         self.step = state["step"]
         self._enter(self.stage_at(self.step - 1))  # the optimizer is that of the step before
         weights.load(self.model, folder / checkpoint.MODEL)
-        head = {k: tensors.pop(f"head.{k}") for k in ("weight", "bias")}
-        self.objectives.head.load_state_dict(head)
+        head = self.objectives.head
+        head.load_state_dict({k: tensors.pop(f"head.{k}") for k in head.state_dict()})
         torch.set_rng_state(tensors.pop("generator"))
         checkpoint.restore_optimizer(self.optimizer, self._names(), tensors)
         self._compare(state["environment"])
