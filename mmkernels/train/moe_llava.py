@@ -73,9 +73,10 @@ def measure(model: Any, sequences: Readings, stage: Stage) -> dict[str, Any]:
     """
     if not {"pairs", "instructions"} & {*stage.losses}:
         return {}
+    right: Any = llava.hits
     with evaluating(model):
         figures: dict[str, Any] = {
-            name: last_image(model, sequences, HELD_OUT, shuffled=other, hits=llava.hits).accuracy
+            name: last_image(model, sequences, HELD_OUT, shuffled=other, hits=right).accuracy
             for name, other in (("with the picture", False), ("with another picture", True))
         }
         figures |= llava.read(model, sequences, HELD_OUT)
