@@ -18,6 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 PASSES = ("fwd", "bwd", "fwd+bwd")
 BUILT = ("compiled", "flex")  # seconds to build each: timed on headline rows, or when asked for
 MODELS = "models"  # the name that whole-model rows are asked for by
+GENERATION = ("prefill-unequal", "generate-unequal", "decode-media")
 
 Row = dict[str, Any]
 
@@ -43,7 +44,8 @@ class Wanted:
     def __post_init__(self) -> None:
         """**Raises** ValueError for a name that no room knows."""
         asked = [room for room in rooms().values() if not self.ops or room.name in self.ops]
-        whole = {f"{model}-step" for model in models.list()} if not self.ops or MODELS in self.ops else set()
+        steps = {f"{model}-step" for model in models.list()}
+        whole = steps | set(GENERATION) if not self.ops or MODELS in self.ops else set()
         known = {
             "ops": {*rooms(), MODELS},
             "shapes": {case.name for room in asked for case in room.bench} | whole,

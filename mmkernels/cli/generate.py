@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from mmkernels.data import frames
-from mmkernels.infer import Captioner, Meter
+from mmkernels.infer import AnyToAny, Captioner, Meter
+from mmkernels.infer.any_to_any import save
+from mmkernels.models import NextGpt
 
 
 def add(subparsers: Any) -> None:
@@ -30,7 +32,7 @@ def add(subparsers: Any) -> None:
         type=Path,
         action="append",
         default=[],
-        help="a picture; may be repeated; lavin can do without",
+        help="a picture; may be repeated; lavin and next_gpt can do without",
     )
     parser.add_argument(
         "--video", type=Path, help="instead: a multi-page TIFF, an animation, or a folder of stills, in order"
@@ -38,12 +40,24 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--frames", type=int, help="how many of the video's frames, evenly spaced (default: all)"
     )
+    parser.add_argument("--audio", type=Path, help="next_gpt: a sound, WAV of 16 bits, one channel, 4 kHz")
+    parser.add_argument("--make", type=Path, help="next_gpt: the folder for what the answer asks for")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of draws, and of what next_gpt makes (default: %(default)s)"
+    )
     parser.add_argument(
         "--prompt", default="", help="words to continue; <image> says where each picture stands"
     )
     parser.add_argument(
         "--max-new-tokens", type=int, default=32, help="longest answer (default: %(default)s)"
     )
+    _add_decoding(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object, with the rate of tokens")
+    parser.set_defaults(run=run)
+
+
+def _add_decoding(parser: argparse.ArgumentParser) -> None:
+    """How tokens are chosen, and whether they are shown at once."""
     parser.add_argument(
         "--beams", type=int, default=1, help="search with so many (default: %(default)s, greedy)"
     )
@@ -57,20 +71,24 @@ def add(subparsers: Any) -> None:
         "--temperature", type=float, default=0.0, help="above 0: draw tokens (default: greedy)"
     )
     parser.add_argument("--top-p", type=float, help="draw from the fewest tokens of this probability")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
     parser.add_argument("--stream", action="store_true", help="print words as they are written")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, with the rate of tokens")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.image and options.video is not None:
-        raise ValueError("image, video: got both, expected one of them")
     if options.frames is not None and options.video is None:
         raise ValueError(f"frames: got {options.frames} without a video, expected it with one")
     if options.stream and (options.json or options.beams > 1):
         raise ValueError(f"stream: got it beside {'json' if options.json else 'beams'}, expected it alone")
     captioner = Captioner.from_checkpoint(options.checkpoint, model=options.model)
+    if isinstance(captioner.model, NextGpt):
+        return _any_to_any(AnyToAny(captioner.model, captioner.tokenizer, captioner.size), options)
+    if options.image and options.video is not None:
+        raise ValueError("image, video: got both, expected one of them")
+    for name in ("audio", "make"):
+        if getattr(options, name) is not None:
+            raise ValueError(
+                f"{name}: got {getattr(options, name)} for a model of pictures, expected it with a next_gpt"
+            )
     video = options.video is not None
     pictures = options.image if options.video is None else frames.load(options.video, options.frames)
     meter = Meter(captioner.tokenizer, _print_piece if options.stream else lambda piece: None)
@@ -94,3 +112,20 @@ def run(options: argparse.Namespace) -> int:
 
 def _print_piece(piece: str) -> None:
     print(piece, end="", flush=True)
+
+
+def _any_to_any(model: AnyToAny, options: argparse.Namespace) -> int:
+    video = [] if options.video is None else frames.load(options.video, options.frames)
+    answer = model.answer(
+        options.prompt, options.image, video=video, audio=options.audio, seed=options.seed,
+        max_new_tokens=options.max_new_tokens,
+    )  # fmt: skip
+    paths = {} if options.make is None else save(answer, options.make)
+    if options.json:
+        shown = {"prompt": options.prompt, "answer": answer.text, "asked": list(answer.asked), "made": paths}
+        print(json.dumps(shown, ensure_ascii=False))
+        return 0
+    print(answer.text)
+    for name in answer.asked:
+        print(f"asks for {name}" + (f": {paths[name]}" if name in paths else "; --make FOLDER keeps it"))
+    return 0

@@ -101,3 +101,9 @@ def normalise(pixels: NDArray[np.uint8]) -> Tensor:
     """`(pixels / 255 - MEAN) / STD`. **Shapes** uint8 `[..., S, S, 3]` -> float32 `[..., 3, S, S]`, contiguous."""
     scaled = torch.from_numpy(np.ascontiguousarray(pixels)).to(torch.float32).div_(255)
     return scaled.sub_(torch.tensor(MEAN)).div_(torch.tensor(STD)).movedim(-1, -3).contiguous()
+
+
+def denormalise(x: Tensor) -> NDArray[np.uint8]:
+    """The pixels that `normalise` makes x of, rounded and clipped. **Shapes** `[..., 3, S, S]` -> uint8 `[..., S, S, 3]`."""
+    scaled = x.detach().float().cpu().movedim(-3, -1) * torch.tensor(STD) + torch.tensor(MEAN)
+    return (scaled * 255).round().clamp(0, 255).to(torch.uint8).numpy()

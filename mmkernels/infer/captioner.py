@@ -76,7 +76,7 @@ class Captioner:
         count, frames = (1, self._frames(len(pictures))) if video else (len(pictures), 1)
         ids = torch.tensor([self._ids(count, prompt)], device=device)
         if isinstance(self.model, Llava):
-            return self._answer(self.model, pictures, ids, max_new_tokens)
+            return self._answer(self.model, pictures, ids, max_new_tokens=max_new_tokens, **decoding)
         places, mask = self.model.expand(ids, frames=frames)
         pixels = self._pixels(pictures).to(device) if pictures else None
         pixels = pixels.unsqueeze(1) if video and pixels is not None else pixels
@@ -84,7 +84,7 @@ class Captioner:
         answer = self.model.generate(pixels, places, mask, max_new_tokens=max_new_tokens, **told, **decoding)
         return self.tokenizer.decode(answer[0].tolist()).strip()
 
-    def _answer(self, model: Llava, pictures: Sequence[Picture], ids: Tensor, limit: int) -> str:
+    def _answer(self, model: Llava, pictures: Sequence[Picture], ids: Tensor, **decoding: Any) -> str:
         """What a LLaVA says of pictures, which it is shown in as many views as its way to look takes."""
         c = model.config
         sight = Sight(c.aspect, self.size, c.vision.patch_size, c.pinpoints, c.rounding)
@@ -92,7 +92,7 @@ class Captioner:
         plans = [plan for _, plan in seen if plan is not None] or None
         pixels = images.normalise(np.concatenate([views for views, _ in seen])).to(ids.device)
         places, mask = model.expand(ids, plans=plans)
-        answer = model.generate(pixels, places, mask, plans=plans, max_new_tokens=limit)
+        answer = model.generate(pixels, places, mask, plans=plans, **decoding)
         return self.tokenizer.decode(answer[0].tolist()).strip()
 
     def _frames(self, frames: int) -> int:

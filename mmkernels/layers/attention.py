@@ -13,13 +13,6 @@ from mmkernels.primitives import _check
 from mmkernels.primitives.interval_attention import interval_attention
 
 
-class Record:
-    """What layers leave for whoever runs them. An object of its own: wrappers of modules copy the lists that they are given."""
-
-    def __init__(self) -> None:
-        self.kept: list[Any] = []
-
-
 class Packed(NamedTuple):
     """Slices behind one another in one row: their offsets int32 `[S + 1]`, and the slice of each token `[T]`."""
 
@@ -27,12 +20,20 @@ class Packed(NamedTuple):
     slice: Tensor
 
 
+class Record:
+    """What layers leave for whoever runs them. An object of its own: wrappers of modules copy the lists that they are given."""
+
+    def __init__(self) -> None:
+        self.kept: list[Any] = []
+
+
 class Visibility(NamedTuple):
     """What all layers of a stack share: which keys a row sees, and how positions enter.
 
     lo, hi int32 `[B, T]`; rotary `(cos, sin)`, each `[B, T, 1, R / 2]`, turns the first R of every head; slopes `[H]` is ALiBi.
     `first [B]` is where a row's first token stands, for adapters that read it; None: at 0. With `packed` there is one row,
-    whose tokens see their own slice, whatever lo and hi say. Layers with experts leave their `Routing` in `routings`.
+    whose tokens see their own slice, whatever lo and hi say. Layers with experts leave their `Routing` in
+    `routings`.
     """
 
     lo: Tensor
@@ -40,8 +41,8 @@ class Visibility(NamedTuple):
     rotary: tuple[Tensor, Tensor] | None = None
     alibi_slopes: Tensor | None = None
     first: Tensor | None = None
-    routings: Record | None = None
     packed: Packed | None = None
+    routings: Record | None = None
 
 
 class KVCache:

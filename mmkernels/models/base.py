@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmkernels.layers.attention import KVCache
 from mmkernels.layers.decoder import Decoder
 from mmkernels.models.decoding import Decoding
-from mmkernels.models.packing import Packed
+from mmkernels.models.packing import PackedPrompts
 from mmkernels.models.stages import Stage
 from mmkernels.primitives import _check
 
@@ -53,7 +53,8 @@ def _select(kept: Any, rows: Tensor) -> Any:
 
 @dataclass
 class Output:
-    """loss (scalar, with labels), logits `[B, T, V]`, and the cache that was passed in, now longer.
+    """loss (scalar, with labels), logits `[B, T, V]`, the cache that was passed in, now longer, and what the last block gave:
+    `hidden`, of the positions that have logits.
 
     Where layers have experts: their `routings`, and the sum of their balancing losses, of which loss has its share.
     """
@@ -63,6 +64,7 @@ class Output:
     cache: Cache | None = None
     aux_loss: Tensor | None = None
     routings: Sequence[Any] = ()
+    hidden: Tensor | None = None
 
 
 class MultimodalModel(nn.Module):
@@ -104,8 +106,8 @@ class MultimodalModel(nn.Module):
         positions = self.lm.positions(attention_mask, (x.shape[0], x.shape[1]), text)
         return self.lm.add_positions(x, positions), self.lm.visibility(attention_mask, positions, text)
 
-    def pack(self, condition: Any, packed: Packed) -> Any:
-        """The condition for tokens that stand as one row `[1, N]`; see `Packed`."""
+    def pack(self, condition: Any, packed: PackedPrompts) -> Any:
+        """The condition for tokens that stand as one row `[1, N]`; see `PackedPrompts`."""
         return condition
 
     def block(self, index: int, x: Tensor, seen: Any, cache: KVCache | None) -> Tensor:
@@ -151,7 +153,7 @@ class MultimodalModel(nn.Module):
             text.start.copy_(attention_mask.to(torch.int8).argmax(1))
         condition = self.condition(input_ids, media, cache)
         x, seen = self.place(self.embed(input_ids, media), attention_mask, cache, condition)
-        packed = Packed.of(attention_mask, text) if self.packs and last_only else None
+        packed = PackedPrompts.of(attention_mask, text) if self.packs and last_only else None
         if packed is None:
             x = self._blocks(x, seen, text, condition)
             x = x[:, -1:] if last_only else x
@@ -167,9 +169,9 @@ class MultimodalModel(nn.Module):
         aux = torch.stack([routing.aux_loss for routing in routings]).sum() if routings else None
         if loss is not None and aux is not None:
             loss = loss + self.balance * aux
-        return Output(logits, loss, cache, aux, routings)
+        return Output(logits, loss, cache, aux, routings, x)
 
-    def _blocks(self, x: Tensor, seen: Any, cache: KVCache | Packed | None, condition: Any) -> Tensor:
+    def _blocks(self, x: Tensor, seen: Any, cache: KVCache | PackedPrompts | None, condition: Any) -> Tensor:
         for index in range(len(self.lm.blocks)):
             x = self.before_block(index, x, condition)
             x = self.block(index, x, seen, cache)  # type: ignore[arg-type]  # layers append to either

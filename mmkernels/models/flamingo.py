@@ -18,7 +18,7 @@ from mmkernels.layers.gated_cross_attention import GatedCrossAttentionBlock, Key
 from mmkernels.layers.resampler import PerceiverResampler
 from mmkernels.layers.vision import VisionConfig, VisionTower
 from mmkernels.models.base import IGNORE, Cache, MultimodalModel, Tokens
-from mmkernels.models.packing import Packed
+from mmkernels.models.packing import PackedPrompts
 from mmkernels.models.stages import Stage
 from mmkernels.ops.gated_cross_attention import Intervals
 from mmkernels.primitives import _check
@@ -178,7 +178,7 @@ class Flamingo(MultimodalModel):
         block: Any = self.cross[0]
         return block.intervals(media, locations, rows, use_cached_media=use_cached_media)
 
-    def pack(self, condition: Condition, packed: Packed) -> Condition:
+    def pack(self, condition: Condition, packed: PackedPrompts) -> Condition:
         seen = Intervals(*(t[packed.index] for t in condition.intervals))
         return condition._replace(media=condition.media.flatten(0, 1).unsqueeze(0), intervals=seen)
 

@@ -43,6 +43,7 @@ class MoeLlava(Llava):
     """
 
     sources = ("moe_llava",)
+    packs = False  # padding is routed, and counts towards the capacity
 
     def __init__(self, config: MoeLlavaConfig) -> None:
         self.layers = placed(config.placement, config.lm.layers)  # those with experts

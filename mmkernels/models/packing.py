@@ -9,7 +9,7 @@ from mmkernels.layers.attention import KVCache, Visibility
 WORTH = 0.9  # packed where at most this share of a padded batch is tokens: below, the copies cost more than they save
 
 
-class Packed:
+class PackedPrompts:
     """Where the N tokens of a batch padded on the left stand, and the cache as its layers write it: keys and values go to
     their sequences, and attention reads the packed ones.
     """
@@ -28,7 +28,7 @@ class Packed:
         self.shape = (b, t)
 
     @classmethod
-    def of(cls, mask: Tensor | None, cache: KVCache | None) -> Packed | None:
+    def of(cls, mask: Tensor | None, cache: KVCache | None) -> PackedPrompts | None:
         """None where nothing is gained: no cache to fill, no mask, or hardly any padding."""
         if cache is None or cache.length or mask is None or float(mask.float().mean()) > WORTH:
             return None

@@ -17,10 +17,11 @@ from mmkernels.models import (
     LlamaVidConfig,
     LlavaConfig,
     MoeLlavaConfig,
+    NextGptConfig,
     QwenVLConfig,
     Stage,
 )
-from mmkernels.train import cogvlm, lavin, llava, moe_llava, qformer, qwen, seq2seq, video
+from mmkernels.train import cogvlm, lavin, llava, moe_llava, next_gpt, qformer, qwen, seq2seq, video
 from mmkernels.train.objectives import Objectives
 
 
@@ -77,7 +78,12 @@ _FAMILIES = {
     LavinConfig: Family(lavin.mixtures, lavin.LavinObjectives, lavin.measure),
     LlamaVidConfig: Family(_videos, video.VideoObjectives, video.measure),
     LlavaConfig: Family(llava.readings, llava.LlavaObjectives, llava.measure, llava.texts),
-    MoeLlavaConfig: Family(llava.readings, moe_llava.MoeLlavaObjectives, moe_llava.measure, llava.texts),
+    MoeLlavaConfig: Family(
+        moe_llava.photographs, moe_llava.MoeLlavaObjectives, moe_llava.measure, llava.texts
+    ),
+    NextGptConfig: Family(
+        next_gpt.switching, next_gpt.NextGptObjectives, next_gpt.measure, next_gpt.texts, next_gpt.words
+    ),
     QwenVLConfig: Family(qwen.dialogues, qwen.QwenObjectives, words=qwen.words),
 }
 

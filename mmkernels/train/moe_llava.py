@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.data import Readings
+from mmkernels.data import Dataset, Photographs, Readings, Tokenizer
 from mmkernels.data.readings import ReadingBatch
 from mmkernels.layers.moe import MoE
 from mmkernels.models import Stage
@@ -19,6 +19,11 @@ from mmkernels.train.llava import LlavaObjectives
 
 HELD_OUT, _BATCH = 256, 64  # pictures that are tried when a stage ends, and at a time
 MODALITIES = ("image", "text")
+
+
+def photographs(dataset: Dataset, tokenizer: Tokenizer, config: Any, seed: int) -> Readings:
+    """The data of a run: photographs and scans of many sizes, of which something is asked."""
+    return llava.readings(dataset, tokenizer, config, seed, Photographs)
 
 
 class MoeLlavaObjectives(LlavaObjectives):
@@ -68,8 +73,8 @@ def expert_use(model: Any, sequences: Readings, pictures: int) -> dict[str, Any]
 
 
 def measure(model: Any, sequences: Readings, stage: Stage) -> dict[str, Any]:
-    """After a stage that learns from pictures: held-out answers with the picture and with another one, and `llava.read`; with
-    experts, how busy each of them is.
+    """After a stage that learns from pictures: held-out answers with the picture and with another one; with experts, how busy
+    each of them is.
     """
     if not {"pairs", "instructions"} & {*stage.losses}:
         return {}
@@ -79,7 +84,6 @@ def measure(model: Any, sequences: Readings, stage: Stage) -> dict[str, Any]:
             name: last_image(model, sequences, HELD_OUT, shuffled=other, hits=right).accuracy
             for name, other in (("with the picture", False), ("with another picture", True))
         }
-        figures |= llava.read(model, sequences, HELD_OUT)
         if BALANCE in stage.losses:
             use = expert_use(model, sequences, HELD_OUT)
             busiest = max(max(share) for name in MODALITIES for share in use[name])

@@ -12,7 +12,7 @@ from tiny import pictures, text_ids
 from mmkernels import models
 from mmkernels.layers.decoder import BlockConfig, Decoder, DecoderConfig
 from mmkernels.models import MultimodalModel, Tokens, weights
-from mmkernels.models.packing import Packed
+from mmkernels.models.packing import PackedPrompts
 
 
 class Words(MultimodalModel):
@@ -57,7 +57,7 @@ def test_a_packed_prompt_fills_the_cache_as_a_padded_one(monkeypatch):
     ids, mask = _padded("left")
     packed, plain = model.new_cache(3, 14), model.new_cache(3, 14)
     found = model(None, ids, mask, cache=packed, last_only=True).logits
-    monkeypatch.setattr(Packed, "of", classmethod(lambda *_: None))
+    monkeypatch.setattr(PackedPrompts, "of", classmethod(lambda *_: None))
     expected = model(None, ids, mask, cache=plain, last_only=True).logits
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     valid = mask[None, :, :, None, None]
@@ -69,12 +69,12 @@ def test_a_packed_prompt_fills_the_cache_as_a_padded_one(monkeypatch):
 def test_padding_is_dropped_only_where_that_saves_something():
     cache = _words().new_cache(2, 10).text
     mask = torch.ones(2, 10, dtype=torch.bool)
-    assert Packed.of(mask, cache) is None and Packed.of(None, cache) is None
+    assert PackedPrompts.of(mask, cache) is None and PackedPrompts.of(None, cache) is None
     mask[0, :5] = False
-    assert Packed.of(mask, None) is None
-    assert Packed.of(mask, cache) is not None
+    assert PackedPrompts.of(mask, None) is None
+    assert PackedPrompts.of(mask, cache) is not None
     cache.length = 1
-    assert Packed.of(mask, cache) is None
+    assert PackedPrompts.of(mask, cache) is None
 
 
 def test_flamingo_packs_what_its_blocks_see(model):

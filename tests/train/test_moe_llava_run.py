@@ -15,9 +15,8 @@ from mmkernels import data, models
 from mmkernels.infer import Captioner
 from mmkernels.layers import MLP, MoE
 from mmkernels.train import Run, Trainer, draw, moe_llava, train, trainer
-from mmkernels.train.llava import readings
 from mmkernels.train.llava import texts as reading_texts
-from mmkernels.train.moe_llava import MoeLlavaObjectives, expert_use
+from mmkernels.train.moe_llava import MoeLlavaObjectives, expert_use, photographs
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +33,7 @@ def setting() -> tuple[Any, data.Readings]:
     dataset, model = data.build("digits"), models.build("moe_llava-tiny")
     config: Any = model.config
     tokenizer = data.Tokenizer.train(reading_texts(dataset, config), 512)
-    return model, readings(dataset, tokenizer, config, 0)
+    return model, photographs(dataset, tokenizer, config, 0)
 
 
 @pytest.mark.parametrize(

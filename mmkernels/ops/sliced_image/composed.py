@@ -98,14 +98,15 @@ def backward(
     return tuple(grads)
 
 
-def _present() -> str:
+def present() -> str:
+    """Rows of this room on CPU come and go together: without compiled kernels the laws alone run."""
     missing = [
         n for n in KERNELS if not torch._C._dispatch_has_kernel_for_dispatch_key(f"mmkernels::{n}", "CPU")
     ]
     return f"{missing[0]} is not compiled in this installation" if missing else ""
 
 
-attention.FORWARD.register("cpu", "cpp", forward, supports=lambda q, *_: kernel_head_dim(q), present=_present)
+attention.FORWARD.register("cpu", "cpp", forward, supports=lambda q, *_: kernel_head_dim(q), present=present)
 attention.BACKWARD.register(
-    "cpu", "cpp", backward, supports=lambda dout, q, *_: kernel_head_dim(q), present=_present
+    "cpu", "cpp", backward, supports=lambda dout, q, *_: kernel_head_dim(q), present=present
 )
