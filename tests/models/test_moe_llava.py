@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from published_moe_llava import published
 from torch import nn
 
 from mmkernels import models, weights
@@ -168,67 +169,6 @@ def test_a_batch_without_pictures_reaches_what_learns():
     assert all(p.grad is not None for p in model.projector.parameters())
 
 
-def _published(model: Any) -> dict[str, torch.Tensor]:
-    """The model's parameters under MoE-LLaVA's names, of a Phi or a Qwen, by hand."""
-    qwen = model.config.lm.family == "qwen"
-    root, layers = ("transformer.", "transformer.h.") if qwen else ("model.", "model.layers.")
-    ups, down = (("w2", "w1"), "c_proj") if qwen else (("fc1",), "fc2")
-    state = {k: v.clone() for k, v in model.state_dict().items()}
-    out = {}
-    for layer, block in enumerate(model.lm.blocks):
-        at, ours = f"{layers}{layer}.mlp.", f"lm.blocks.{layer}.mlp."
-        if isinstance(block.mlp, MoE):
-            out[f"{at}deepspeed_moe.gate.wg.weight"] = state.pop(f"{ours}gate.weight")
-            parts = [(f"{at}deepspeed_moe.experts.deepspeed_experts.{e}.", e) for e in range(4)]
-            names = {"in": ups, "out": (down,)}
-        else:
-            parts, names = [(at, None)], {"up": ups, "down": (down,)}
-        for ours_name, theirs in names.items():
-            for end, letter in (("weight", "w"), ("bias", "b")):
-                key = (
-                    f"{ours}{letter}_{ours_name}"
-                    if isinstance(block.mlp, MoE)
-                    else f"{ours}{ours_name}.{end}"
-                )
-                value = state.pop(key, None)
-                for where, e in parts if value is not None else ():
-                    whole = value if e is None else value[e]
-                    for name, rows in zip(theirs, whole.chunk(len(theirs)), strict=True):
-                        out[f"{where}{name}.{end}"] = rows
-        attention = {"qkv": ("attn.c_attn",), "out": ("attn.c_proj",)} if qwen else {
-            "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "out": ("self_attn.dense",)
-        }  # fmt: skip
-        norms = (
-            {"attention_norm": "ln_1", "mlp_norm": "ln_2"} if qwen else {"attention_norm": "input_layernorm"}
-        )
-        for name, theirs in {
-            **{f"attention.{k}": v for k, v in attention.items()},
-            **{k: (v,) for k, v in norms.items()},
-        }.items():
-            for end in ("weight", "bias"):
-                value = state.pop(f"lm.blocks.{layer}.{name}.{end}", None)
-                for key, rows in (
-                    zip(theirs, value.chunk(len(theirs)), strict=True) if value is not None else ()
-                ):
-                    out[f"{layers}{layer}.{key}.{end}"] = rows
-    embed, norm = ("wte", "ln_f") if qwen else ("embed_tokens", "final_layernorm")
-    for ours, theirs in {
-        "lm.embedding": f"{root}{embed}",
-        "lm.norm": f"{root}{norm}",
-        "lm.head": "lm_head",
-    }.items():
-        for end in ("weight", "bias"):
-            if f"{ours}.{end}" in state:
-                out[f"{theirs}.{end}"] = state.pop(f"{ours}.{end}")
-    for ours, theirs in {"input": "0", "output": "2"}.items():
-        for end in ("weight", "bias"):
-            out[f"{root}mm_projector.image_spatial_proj.{theirs}.{end}"] = state.pop(
-                f"projector.{ours}.{end}"
-            )
-    assert all(key.startswith("vision.") for key in state)
-    return out
-
-
 @pytest.mark.parametrize("lm", [language.PHI_2, language.QWEN_1_8B], ids=["phi", "qwen"])
 def test_released_files_load_by_their_names(lm):
     block = replace(lm.block, width=32, heads=4, hidden=48)
@@ -237,7 +177,7 @@ def test_released_files_load_by_their_names(lm):
     here: Any = models.build(config)
     for p in here.parameters():
         nn.init.normal_(p, std=0.1)
-    state, batch = _published(here), _batch(here)
+    state, batch = published(here), _batch(here)
     there: Any = models.build(config)
     there.vision.load_state_dict(here.vision.state_dict())
     weights.load(there, state, source="moe_llava")
@@ -249,7 +189,7 @@ def test_released_files_load_by_their_names(lm):
         weights.load(there, {**state, "extra": torch.ones(1)}, source="moe_llava")
     here.enter(here.stages()[2])
     there.enter(there.stages()[2])
-    weights.load(there, _published(here), source="moe_llava")  # a dense stage's file
+    weights.load(there, published(here), source="moe_llava")  # a dense stage's file
     assert torch.equal(there(**batch).logits, here(**batch).logits)
 
 
