@@ -152,6 +152,19 @@ def test_generation_gives_each_row_what_it_would_give_alone():
     assert not torch.equal(together, other)
 
 
+def test_blocks_that_compute_again_have_the_same_gradients_of_the_balance_too():
+    model = _tiny()
+    batch, found = _batch(model), []
+    for recompute in (False, True):
+        model.recompute = recompute
+        output = model(**batch, labels=batch["input_ids"])
+        output.loss.backward()
+        found.append([output.aux_loss, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        assert len(output.routings) == 2
+        model.zero_grad()
+    assert len(found[0]) > 10 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_padding_is_zero_when_it_is_routed():
     model = _tiny()
     batch = _batch(model)
