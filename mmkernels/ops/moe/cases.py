@@ -233,7 +233,7 @@ ROUTE_TESTS = (
 TESTS = (
     _test("uneven", F32, BF16, F16, F64),
     _test("top2", F32, BF16, F16, F64, **_TOP2, **_PHI, noise="gumbel"),
-    _test("skewed", skew=0.9, policy="topk_capacity", factor=1.25, tokens=40),
+    _test("skewed", skew=0.9, policy="topk_capacity", factor=1.25, tokens=48),
     _test("gelu", activation="gelu", bias=True, k=3),
     _test("silu", activation="silu"),
     _test("linear", activation=None, padding=4),
