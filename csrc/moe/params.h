@@ -34,6 +34,19 @@ struct MoeRoute {
   float *aux_loss, *z_loss;  // one number each
 };
 
+// What the GPU's router leaves between its phases; slabs: see route.h.
+struct MoeWorkspace {
+  int32_t* slabs;      // [tiles or K tiles, E]
+  float* tile_share;   // [tiles, E]; then its first row is the sum
+  float* tile_square;  // [tiles]
+  int32_t* first;      // [E] first choices
+  int64_t tiles;
+};
+
+constexpr int64_t kTile = 64;           // tokens
+constexpr int64_t kMostExperts = 1024;  // of the GPU's router
+constexpr int64_t kMostRoutes = 16;     // of a token
+
 // What some tokens add to the losses: sums of p[t, e] and of the squares of their log-sum-exp.
 struct MoePart {
   float* share;
@@ -61,5 +74,10 @@ struct MoeCombine {
   void* out;  // [T, C]
   Dtype dtype;
 };
+
+// Both launch on `stream` and return the cudaError_t of the launch. `share` [E] and `tokens` [1] are
+// workspace.
+int moe_choose_cuda(const MoeRoute& p, const MoeWorkspace& w, void* stream);
+int moe_choose_backward_cuda(const MoeRouteBackward& p, float* share, float* tokens, void* stream);
 
 }  // namespace mmkernels

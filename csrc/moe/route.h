@@ -59,4 +59,30 @@ MMK_SHARED float share_of(const MoeRules& rules, int64_t E, int64_t K, int64_t r
   return scale * static_cast<float>(routes) / tokens;
 }
 
+// A tile's routes are tile[t K + j], -1 where a token goes nowhere. How many routes of the same expert come
+// before route i inside the tile: token by token, or (`choices`) among the choices of i's own rank.
+MMK_SHARED int32_t rank_in_tile(const int32_t* tile, int64_t i, int64_t K, bool choices) {
+  int32_t rank = 0;
+  for (int64_t other = choices ? i % K : 0; other < i; other += choices ? K : 1)
+    rank += tile[other] == tile[i];
+  return rank;
+}
+
+// The slab that counts the route: one for each tile or, by choices, for each (rank of choice, tile).
+MMK_SHARED int64_t slab_of(int64_t tile, int64_t i, int64_t tiles, int64_t K, bool choices) {
+  return choices ? i % K * tiles + tile : tile;
+}
+
+// Counts of one expert, slab after slab, become the slot of each slab's first route; returns how many there
+// are.
+MMK_SHARED int32_t scan_slabs(int32_t* slabs, int64_t count, int64_t E, int64_t e) {
+  int32_t running = 0;
+  for (int64_t slab = 0; slab < count; ++slab) {
+    const int32_t routes = slabs[slab * E + e];
+    slabs[slab * E + e] = running;
+    running += routes;
+  }
+  return running;
+}
+
 }  // namespace mmkernels

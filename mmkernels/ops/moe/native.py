@@ -82,8 +82,8 @@ def backward(
 
 
 def _narrow(*args: Any) -> str:
-    logits = next(a for a in args if isinstance(a, Tensor) and a.dim() == 2 and a.is_floating_point())
-    return "float64 is the law's" if logits.dtype == torch.float64 else ""
+    """float64 goes to the law: the first tensor is the logits, or a gradient that is as wide."""
+    return "float64 runs on the reference" if args[0].dtype == torch.float64 else ""
 
 
 @functools.cache  # asked at every call; modules are loaded before their operators are registered
@@ -92,7 +92,45 @@ def _present(name: str) -> str:
     return "" if found else f"{name} is not compiled in this installation"
 
 
-route.FORWARD.register("cpu", "cpp", forward, supports=_narrow, present=lambda: _present("moe_choose__cpu"))
-route.BACKWARD.register(
-    "cpu", "cpp", backward, supports=_narrow, present=lambda: _present("moe_choose_backward__cpu")
-)
+MOST_EXPERTS, MOST_ROUTES = 1024, 16  # of the CUDA kernel: a token's row lives in a warp's registers
+
+
+def _cuda(
+    logits: Tensor,
+    noise: Tensor | None,
+    mask: Any,
+    k: int,
+    capacity: int,
+    policy: str,
+    how: str,
+    balance: str,
+) -> str:
+    rule = RULES[policy]
+    if capacity >= 0 and (rule.drop == "probs" or (rule.drop == "noise" and noise is not None)):
+        return f"{policy} keeps the best routes, which is a sort: the reference has it"
+    if balance == "deepspeed" and not rule.choices and k > 1:
+        return f"{policy} does not count first choices apart"
+    return _fits(logits, k)
+
+
+def _fits(logits: Tensor, k: int) -> str:
+    if logits.shape[1] > MOST_EXPERTS or k > MOST_ROUTES:
+        return f"{logits.shape[1]} experts, {k} routes: it takes {MOST_EXPERTS} and {MOST_ROUTES}"
+    return _narrow(logits)
+
+
+def _cuda_backward(dweights: Tensor, daux: Tensor, dz: Tensor, logits: Tensor, *rest: Any) -> str:
+    return _fits(logits, rest[1].shape[1])
+
+
+def _register(device: str, backend: str, **supports: Callable[..., str]) -> None:
+    for op, name, call in (
+        (route.FORWARD, "moe_choose", forward),
+        (route.BACKWARD, "moe_choose_backward", backward),
+    ):
+        present = functools.partial(_present, f"{name}__{device}")
+        op.register(device, backend, call, supports=supports[name], present=present)
+
+
+_register("cpu", "cpp", moe_choose=_narrow, moe_choose_backward=_narrow)
+_register("cuda", "cuda", moe_choose=_cuda, moe_choose_backward=_cuda_backward)
