@@ -18,13 +18,15 @@ GROUPED = {"linear": "", "linear, swiglu, LoRA": "swiglu"}  # of grouped_linear:
 SHAPES += [(dtype, 1024, rules) for dtype in (torch.bfloat16, torch.float32) for rules in GROUPED]
 EXPERT = "visual expert"  # the width is a head's
 SHAPES += [(dtype, 128, EXPERT) for dtype in (torch.bfloat16, torch.float32)]
+MOE = "mixture of experts"  # the width is the number of experts
+SHAPES += [(torch.bfloat16, experts, MOE) for experts in (4, 512)] + [(torch.float32, 128, MOE)]
 
 Passes = tuple[list[Any], list[Callable[[], None]]]  # modules that hold kernels, and what launches these
 
 
 def passes_of(dtype: torch.dtype, width: int, rules: str) -> Passes:
     """The passes of one entry of SHAPES."""
-    of = _grouped if rules in GROUPED else _expert if rules == EXPERT else _attention
+    of = _grouped if rules in GROUPED else {EXPERT: _expert, MOE: _moe}.get(rules, _attention)
     return of(dtype, width, rules)
 
 
@@ -95,3 +97,30 @@ def _expert_pass(launch: Any, dtype: torch.dtype, width: int, rows: int) -> None
     table = (x[:, : width // 2].contiguous(),) * 2
     out, h = launch.forward(*first, None, *table, 2 * heads, "", False)
     launch.backward(out, *first, *table, h, 2 * heads, "", [True] * 5)
+
+
+def _moe(dtype: torch.dtype, width: int, rules: str) -> Passes:
+    """Routers of both orders of arrival and every way to weigh; the sum; the products are grouped_linear's."""
+    from mmkernels.ops.moe.triton import kernels, launch
+
+    passes = [
+        partial(_route_pass, launch, width, *rest)
+        for rest in (("dropless", "before", 2), ("deepspeed_top2", "after", 2), ("topk_capacity", "", 8))
+        if rest[2] <= width
+    ]
+    return [kernels], [*passes, partial(_sum_pass, launch, dtype)]
+
+
+def _route_pass(launch: Any, experts: int, policy: str, renormalize: str, k: int) -> None:
+    logits, mask = torch.zeros(4096, experts), torch.ones(4096, dtype=torch.bool)
+    noise = logits if policy == "deepspeed_top2" else None
+    capacity = -1 if policy == "dropless" else 100
+    found = launch.route(logits, noise, mask, k, capacity, policy, renormalize, "mixtral")
+    weights, ids, _, inverse, _, _, aux, z = found
+    launch.route_backward(weights, aux, z, logits, mask, ids, inverse, policy, renormalize, "mixtral")
+
+
+def _sum_pass(launch: Any, dtype: torch.dtype) -> None:
+    y, inverse = torch.empty(512, 1024, dtype=dtype), torch.zeros(512, dtype=torch.int32)
+    launch.combine(y, y[:, :2].float()[:256], inverse, torch.empty(256, 1024, dtype=dtype))
+    launch.combine(y, None, inverse, torch.empty(256, 1024, dtype=dtype))

@@ -44,6 +44,8 @@ SKIPPED = {  # refused; slow; float64 alone; told nothing new by
     "gated_cross_attention": ("width-20", "many-tiles"),
     "grouped_linear": ("100-groups", "512-groups", "quick_gelu", "all-in-one-group", "in-order", "lora-segments"),
     "route_groups": (),
+    "moe_route": ("probs", "top1", "512-experts"),
+    "moe": ("512-experts", "quick-gelu", "silu", "many-gelu"),
     "visual_expert": ("gelu", "quick-gelu", "batch-qkv"),
     "resampler": ("width-20", "many-tiles", "width-88", "absorbed", "absorbed-even", "absorbed-by-groups", "small",
                   "small-ragged", "small-shared", "media-alone", "ragged-alone", "ragged-one-image", "perceiver", "shared",
@@ -51,7 +53,7 @@ SKIPPED = {  # refused; slow; float64 alone; told nothing new by
 }  # fmt: skip
 LEAST = {
     "interval_attention": 60, "gated_cross_attention": 15, "grouped_linear": 25, "route_groups": 15, "resampler": 10,
-    "visual_expert": 20,
+    "visual_expert": 20, "moe_route": 10, "moe": 10,
 }  # fmt: skip
 
 
