@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mmkernels.integrations.hf import _masks
 from mmkernels.integrations.hf._attention import REASONS, attend, attention
 from mmkernels.integrations.hf._experts import experts
+from mmkernels.integrations.hf._kept import kept
 from mmkernels.integrations.hf._masks import Seen
 from mmkernels.ops.gated_cross_attention import gated_cross_attention
 
@@ -58,6 +59,7 @@ def idefics_gated_layer(original: Forward) -> Forward:
         if (
             found is None
             or found.reason
+            or found.order is not None
             or len(found.runs) > 1
             or any(v is not None for v in _caches(kwargs))
         ):
@@ -66,8 +68,11 @@ def idefics_gated_layer(original: Forward) -> Forward:
                 cross_attention_gate=gate, **kwargs,
             )  # fmt: skip
         lo, hi = _flat(found, gate, images.shape[1])  # type: ignore[arg-type, union-attr]
-        k, v = (
-            layer(images).view(-1, cross.num_heads, cross.head_dim) for layer in (cross.k_proj, cross.v_proj)
+        k, v = kept(
+            self,
+            images,
+            (cross.k_proj.weight, cross.v_proj.weight),
+            lambda: _media(cross, images),  # type: ignore[arg-type]
         )
         x = gated_cross_attention(
             hidden_states, k, v, lo, hi, norm_weight=self.input_layernorm.weight, norm_bias=None,
@@ -77,6 +82,11 @@ def idefics_gated_layer(original: Forward) -> Forward:
         return x + self.act_dense(self.alpha_dense) * self.mlp(self.post_attention_layernorm(x))
 
     return forward
+
+
+def _media(cross: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    k, v = (layer(images).view(-1, cross.num_heads, cross.head_dim) for layer in (cross.k_proj, cross.v_proj))
+    return k, v
 
 
 def _caches(kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -89,6 +99,15 @@ def _flat(found: Seen, gate: Tensor, keys: int) -> tuple[Tensor, Tensor]:
     hi = torch.where(gate == 0, lo, hi)
     base = torch.arange(lo.shape[0], dtype=torch.int32, device=lo.device).unsqueeze(1) * keys
     return (lo + base).flatten(), (hi + base).flatten()
+
+
+def idefics_resampler(original: Forward) -> Forward:
+    """`IdeficsPerceiverResampler`: generation asks for the same images at every token; once is enough."""
+
+    def forward(self: Any, context: Tensor) -> Tensor:
+        return kept(self, context, self.parameters(), lambda: original(self, context))
+
+    return forward
 
 
 def idefics_perceiver_attention(original: Forward) -> Forward:
