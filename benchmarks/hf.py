@@ -27,15 +27,23 @@ from benchmarks.wanted import Row
 from mmkernels.integrations import hf
 
 WIDE = Sizes(
-    width=512, hidden=1408, layers=3, heads=8, kv_heads=4, image=112, texts=(96, 32), images=8, latents=64, experts=8,
-    expert_hidden=704,
-)  # fmt: skip
+    width=384,
+    hidden=1024,
+    heads=6,
+    kv_heads=2,
+    image=84,
+    texts=(64, 16),
+    images=8,
+    latents=64,
+    experts=8,
+    expert_hidden=512,
+)
 CASES: dict[str, tuple[Callable[[Sizes], Made], Sizes, tuple[str, ...]]] = {
     name: (make, WIDE, ("fwd", "fwd+bwd")) for name, make in ALL.items()
 }
 CASES["idefics-16-images"] = (
     MODELS["idefics"],
-    replace(WIDE, images=16, texts=(512, 384)),
+    replace(WIDE, images=16, texts=(384, 256)),
     ("fwd", "fwd+bwd"),
 )
 CASES["idefics-decode"] = (MODELS["idefics"], WIDE, ("decode",))

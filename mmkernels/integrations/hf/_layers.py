@@ -22,6 +22,7 @@ from mmkernels.integrations.hf._masks import Seen
 from mmkernels.ops.gated_cross_attention import gated_cross_attention
 
 Forward = Callable[..., Any]
+FEW = 128  # rows of a segment, on average
 
 
 def _plain(*layers: nn.Module) -> bool:
@@ -163,6 +164,8 @@ def packed_vision(original: Forward) -> Forward:
         **kwargs: Any,
     ) -> Tensor:
         rows = hidden_states.shape[0]
+        if _few(hidden_states, cu_seqlens):
+            return original(self, hidden_states, cu_seqlens, position_embeddings, *args, **kwargs)
         q, k, v = self.qkv(hidden_states).view(rows, 3, self.num_heads, -1).unbind(1)
         if position_embeddings is not None:
             turn = vars(sys.modules[type(self).__module__])["apply_rotary_pos_emb_vision"]
@@ -174,6 +177,14 @@ def packed_vision(original: Forward) -> Forward:
         return self.proj(out.reshape(rows, -1))
 
     return forward
+
+
+def _few(x: Tensor, cu_seqlens: Tensor) -> bool:
+    """A few large segments on a CPU in float32: torch's own attention, called for each, is measured to be the faster."""
+    large = x.shape[0] > FEW * (cu_seqlens.shape[0] - 1)
+    return (
+        large and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def _segments(cu_seqlens: Tensor, rows: int) -> Seen:

@@ -60,7 +60,7 @@ def patch(
     forward. A model class: the same for every model made of it later. A layer class of theirs: its forward, everywhere.
 
     `only`: some of "attention", "experts", "cross_attention", "resampler", "packed_vision", "padding".
-    `no_media="zero"` closes Mllama's leak (rows before every image get nothing from any); "published" computes what they compute.
+    `no_media="zero"` closes Mllama's leak (rows before every image get nothing from any); "published" keeps it.
     **Edge** what is replaced already is left alone; a list may then be empty.
     **Raises** ValueError when nothing in the model matches, and for unknown names; TypeError for what is no module or class.
     """
