@@ -69,12 +69,8 @@ def idefics_gated_layer(original: Forward) -> Forward:
                 cross_attention_gate=gate, **kwargs,
             )  # fmt: skip
         lo, hi = _flat(found, gate, images.shape[1])  # type: ignore[arg-type, union-attr]
-        k, v = kept(
-            self,
-            images,
-            (cross.k_proj.weight, cross.v_proj.weight),
-            lambda: _media(cross, images),  # type: ignore[arg-type]
-        )
+        assert images is not None
+        k, v = kept(self, images, (cross.k_proj.weight, cross.v_proj.weight), lambda: _media(cross, images))
         x = gated_cross_attention(
             hidden_states, k, v, lo, hi, norm_weight=self.input_layernorm.weight, norm_bias=None,
             w_q=cross.q_proj.weight, w_o=cross.o_proj.weight, gate=self.alpha_cross_attn.flatten(), heads=cross.num_heads,

@@ -31,8 +31,8 @@ def interval_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int | Tensor = 0,
+    q_offset: Any = 0,  # int, or a tensor where a cache is static
+    kv_offset: Any = 0,
     mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | None = None,
     **rules: Any,
