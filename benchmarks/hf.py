@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,23 +28,23 @@ from benchmarks.wanted import Row
 from mmkernels.integrations import hf
 
 WIDE = Sizes(
-    width=384,
-    hidden=1024,
-    heads=6,
+    width=256,
+    hidden=704,
+    heads=4,
     kv_heads=2,
-    image=84,
-    texts=(64, 16),
+    image=56,
+    texts=(48, 12),
     images=8,
-    latents=64,
+    latents=32,
     experts=8,
-    expert_hidden=512,
+    expert_hidden=352,
 )
 CASES: dict[str, tuple[Callable[[Sizes], Made], Sizes, tuple[str, ...]]] = {
     name: (make, WIDE, ("fwd", "fwd+bwd")) for name, make in ALL.items()
 }
 CASES["idefics-16-images"] = (
     MODELS["idefics"],
-    replace(WIDE, images=16, texts=(384, 256)),
+    replace(WIDE, images=16, texts=(256, 192)),
     ("fwd", "fwd+bwd"),
 )
 CASES["idefics-decode"] = (MODELS["idefics"], WIDE, ("decode",))
@@ -72,10 +73,18 @@ def _run(model: nn.Module, inputs: dict[str, Any], kind: str) -> Function:
 def _agree(ours: Any, theirs: Any) -> bool:
     pairs = zip(ours, theirs, strict=True) if isinstance(ours, list) else [(ours, theirs)]
     errors = [(a - b).abs().max() / (1 + b.abs().max()) for a, b in pairs if a is not None]
-    return max(map(float, errors)) <= TOLERANCE
+    return all(float(error.detach()) <= TOLERANCE for error in errors)
 
 
-def rows(only: list[str], seconds: float) -> Iterator[Row]:
+def busy_clock(function: Function, calls: int) -> float:
+    """Seconds of the processor that this process used: what a machine with company leaves comparable, on one thread."""
+    start = time.process_time()
+    for _ in range(calls):
+        function()
+    return (time.process_time() - start) / calls
+
+
+def rows(only: list[str], seconds: float, clock: measure.Clock = measure.cpu_clock) -> Iterator[Row]:
     """A row for each model and pass: nothing is timed before it is right."""
     for name, (make, sizes, kinds) in CASES.items():
         if only and name not in only:
@@ -88,7 +97,7 @@ def rows(only: list[str], seconds: float) -> Iterator[Row]:
             row: Row = {"op": "hf", "shape": name, "dtype": "float32", "pass": kind}
             row["correct"] = _agree(both["ours"](), both["unpatched"]())
             if row["correct"]:
-                times = measure.interleave(both, measure.cpu_clock, seconds=seconds, rounds=20)
+                times = measure.interleave(both, clock, seconds=seconds, rounds=20)
                 row["ms"] = measure.spread(times, "ours").rounded()
                 row["ratio"] = {"unpatched": significant(measure.ratio(times, "unpatched", "ours").median)}
             yield row
@@ -102,9 +111,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], choices=CASES, help="models (default: all)")
     parser.add_argument("--seconds", type=float, default=4.0, help="timing of a row (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="write the record there too")
+    parser.add_argument(
+        "--busy", action="store_true", help="count processor seconds, not the clock's; on one thread"
+    )
     options = parser.parse_args()
+    if options.busy:
+        torch.set_num_threads(1)
     record: dict[str, Any] = {**machine.describe("cpu"), "rows": []}
-    for row in rows(options.only, options.seconds):
+    for row in rows(options.only, options.seconds, busy_clock if options.busy else measure.cpu_clock):
         record["rows"].append(row)
         print(json.dumps(row), flush=True)
     if options.out:
