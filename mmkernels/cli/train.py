@@ -33,7 +33,7 @@ def add(subparsers: Any) -> None:
         "--model", default="flamingo-tiny", help="a model that trains from nothing (default: %(default)s)"
     )
     parser.add_argument(
-        "--data", default="digits", help=f"{' or '.join(data.names())} (default: %(default)s)"
+        "--data", default="digits", help=f"{', '.join(data.names())}, or shards:FOLDER (default: %(default)s)"
     )
     parser.add_argument(
         "--out", type=Path, required=True, help="the run's folder: new, empty, or this run's own"

@@ -6,6 +6,7 @@ Every refusal is an `ImageError` of one sentence that names the file.
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 
@@ -38,6 +39,10 @@ def load(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     path = Path(path)
     if not path.is_file():
         raise ImageError(f"{path}: no such picture")
+    return _guarded(path, max_pixels)
+
+
+def _guarded(path: Path | _Named, max_pixels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -51,7 +56,7 @@ def load(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise ImageError(f"{path}: damaged or unsafe picture ({reason})") from None
 
 
-def _decode(path: Path, max_pixels: int) -> Image.Image:
+def _decode(path: Path | _Named, max_pixels: int) -> Image.Image:
     with Image.open(path, formats=FORMATS) as image:
         check_size(image, path, max_pixels)  # before anybody counts frames
         if getattr(image, "n_frames", 1) > 1:
@@ -61,7 +66,7 @@ def _decode(path: Path, max_pixels: int) -> Image.Image:
         return upright(image, path, max_pixels)
 
 
-def check_size(image: Image.Image, path: Path, max_pixels: int = MAX_PIXELS) -> None:
+def check_size(image: Image.Image, path: object, max_pixels: int = MAX_PIXELS) -> None:
     """**Raises** ImageError for an open picture that is too large to decode."""
     width, height = image.size
     if width * height > max_pixels:
@@ -69,14 +74,14 @@ def check_size(image: Image.Image, path: Path, max_pixels: int = MAX_PIXELS) -> 
         raise ImageError(f"{path}: {size} is more than the {max_pixels:,} pixels that are safe to decode")
 
 
-def upright(image: Image.Image, path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def upright(image: Image.Image, path: object, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decodes an open picture, or the frame that it is at, as upright RGB. **Raises** ImageError as `load`."""
     check_size(image, path, max_pixels)
     image.load()
     return _to_rgb(ImageOps.exif_transpose(image), path)
 
 
-def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
+def _to_rgb(image: Image.Image, path: object) -> Image.Image:
     if image.mode in _WIDE_GREY:
         wide = np.asarray(image).astype(np.int64)
         return Image.fromarray((wide >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
@@ -107,3 +112,19 @@ def denormalise(x: Tensor) -> NDArray[np.uint8]:
     """The pixels that `normalise` makes x of, rounded and clipped. **Shapes** `[..., 3, S, S]` -> uint8 `[..., S, S, 3]`."""
     scaled = x.detach().float().cpu().movedim(-3, -1) * torch.tensor(STD) + torch.tensor(MEAN)
     return (scaled * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+class _Named(io.BytesIO):
+    """Bytes that messages call by a name."""
+
+    def __init__(self, raw: bytes, name: str) -> None:
+        super().__init__(raw)
+        self.called = name
+
+    def __str__(self) -> str:
+        return self.called
+
+
+def decode(raw: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """As `load`, of a picture's bytes; messages call it `name`. **Raises** ImageError."""
+    return _guarded(_Named(raw, name), max_pixels)

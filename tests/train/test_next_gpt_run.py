@@ -184,6 +184,6 @@ def test_what_is_made_is_written(setting, tmp_path, monkeypatch):
     paths = save(answer, tmp_path / "out")
     assert np.asarray(Image.open(paths["image"])).shape == (32, 32, 3) and sounds.load(
         paths["audio"]
-    ).shape == (2048,)
+    ).shape == (1024,)
     with Image.open(paths["video"]) as video:
         assert (getattr(video, "n_frames", 1), video.size) == (4, (16, 16))
