@@ -4,7 +4,8 @@
 #   make bench          benchmarks against eager       make docs      the documentation site, into site/
 #   make build          compile csrc/ in place         make room NAME=foo [FLOOR=ops]   a new room that works
 #   make compile-table  every GPU kernel compiled for sm_80, sm_90a and sm_100, with registers and spills
-#   make gpu            on a machine with a GPU: build, its tests, sanitizer and benchmarks, by PYTHON's own packages
+#   make gpu            on a machine with a GPU: build, its tests, sanitizer and benchmarks, by PYTHON's own packages;
+#                       PART=attention|linear|moe|slices or room names: only these rooms
 #
 #   PYTHON=python3.12   the Python to start from (3.10 or later, with pip); ARGS="..." goes to the tool behind the target
 PYTHON ?= python3

@@ -1,8 +1,7 @@
-"""The machine under the benchmark: who it is, how fast its products and copies are, and who else is using it."""
+"""The machine under the benchmark: who it is, and who else is using it."""
 
 from __future__ import annotations
 
-import functools
 import os
 import platform
 import re
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import CudaClock, cpu_clock, significant
+from benchmarks.measure import significant
 from mmkernels import _native, _version
 
 ROOT = Path(__file__).parents[1]
@@ -77,52 +76,6 @@ def _first_line(*command: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.splitlines()[0] if done.returncode == 0 and done.stdout else ""
-
-
-@functools.cache
-def flops(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of a large product: in float32, or in the lower dtype where the machine is faster in it."""
-    best = product(device, torch.float32)
-    return best if dtype == torch.float32 else max(best, product(device, dtype))
-
-
-@functools.cache
-def product(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of the library's product in this very dtype."""
-    size = 8192 if device == "cuda" else 1536
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2.0 * size**3 / _best(lambda: a @ b, device)
-
-
-def bandwidth(device: str, moved: float) -> float:
-    """Bytes a second of a copy that moves as many bytes (rounded up to a power of two): caches count, as they do for ops."""
-    return _copy(device, max(1 << 16, 1 << (int(moved) - 1).bit_length()) if moved > 1 else 1 << 16)
-
-
-@functools.cache
-def _copy(device: str, moved: int) -> float:
-    source = torch.ones(moved // 8, device=device)  # half is read, half is written
-    target = torch.empty_like(source)
-    return moved / _best(lambda: target.copy_(source), device)
-
-
-def _best(function: Any, device: str) -> float:
-    """Seconds of the best of several calls, the more the shorter they are: the machine at its fastest is the floor."""
-    clock = cpu_clock if device == "cpu" else CudaClock(flush=False)
-    function()
-    once = clock(function, 1)
-    return min(clock(function, 1) for _ in range(max(5, min(200, int(0.05 / max(once, 1e-6))))))
-
-
-def rates(device: str, dtypes: list[torch.dtype]) -> dict[str, float]:
-    """GFLOP/s and GB/s, for the record."""
-    found = {
-        f"{str(dtype).removeprefix('torch.')}_gflops": significant(product(device, dtype) / 1e9)
-        for dtype in dtypes
-    }
-    for size in (1 << 20, 1 << 24, 1 << 28):
-        found[f"copy_{size >> 20}mb_gbs"] = significant(bandwidth(device, size) / 1e9)
-    return found
 
 
 class Neighbours:

@@ -19,7 +19,8 @@ Times = dict[str, list[float | None]]  # seconds a call, one entry a round; None
 
 SHORT = 5e-3  # functions below this are warmed before every sample and timed over several calls
 SAMPLE = 1e-3  # seconds that a sample of a short function lasts at least
-FEWEST = 3  # samples of the slowest function
+FEWEST = 3  # samples of a slow function
+OBVIOUS = 8  # times slower than the first function: one sample says it
 
 
 class Clock(Protocol):
@@ -61,13 +62,17 @@ def clock(device: str) -> Clock:
 def interleave(functions: dict[str, Function], clock: Clock, *, seconds: float, rounds: int) -> Times:
     """Times all functions, called before, in turn, each round starting with another one, within about `seconds` altogether.
 
-    A slow function takes part in fewer rounds, spread evenly, but in at least FEWEST; the first function, whose time all
-    ratios share, in every round.
+    A slow function takes part in fewer rounds, spread evenly, but in at least FEWEST, or in one where it is OBVIOUS times
+    slower than the first; the first function, whose time all ratios share, in every round.
     """
     first = {name: clock(function, 1) for name, function in functions.items()}
     share = seconds / len(functions)
-    takes = {name: max(FEWEST, min(rounds, int(share / _sample_cost(first[name])))) for name in functions}
-    rounds = takes[next(iter(functions))]
+    ours = next(iter(functions))
+    least = {name: FEWEST if cost < OBVIOUS * first[ours] else 1 for name, cost in first.items()}
+    takes = {
+        name: max(least[name], min(rounds, int(share / _sample_cost(first[name])))) for name in functions
+    }
+    rounds = takes[ours]
     calls = {name: _calls(first[name]) for name in functions}
     times: Times = {name: [] for name in functions}
     order = list(functions)

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import machine, measure
+from benchmarks import machine, measure, rates
 from benchmarks.peers import FLOORS, peers
-from benchmarks.wanted import BUILT, Row, Wanted, dtype_name
+from benchmarks.wanted import BUILT, DTYPES, Row, Wanted, dtype_name
 from mmkernels import explain, using
 from mmkernels.primitives import _accuracy as accuracy
 from mmkernels.primitives._case import Case, Cost, Inputs, Peer, Room, Unsuited
 from mmkernels.primitives._op import BACKENDS, OPS
 
 CPU_FLOPS = 5e10  # a larger forward pass would keep two cores busy for minutes
-CPU_SECONDS = 0.4  # at the rate of the library's products in the row's dtype: bfloat16 runs at 1 % of float32's on some CPUs
+CPU_SECONDS = 0.2  # at the rate of the library's products in the row's dtype: bfloat16 runs at 1 % of float32's on some CPUs
 GATE_BYTES = 3e8  # the float64 law is dense: a row whose scores are larger is judged with fewer samples
 
 
@@ -36,10 +36,9 @@ def bench(room: Room, case: Case, dtype: torch.dtype, wanted: Wanted) -> Iterato
     verdict = gate(room, case, dtype, wanted.device)
     for which in passes:
         row = {**head, "pass": which, "backend": backend(room, inputs, which, wanted.device), **verdict}
-        row |= floor(cost, which, wanted.device, dtype)
+        row |= work(cost, which)
         if verdict["correct"]:
             row |= _timed(room, case, inputs, which, wanted)
-            row["share_of_floor"] = measure.significant(row["floor_ms"] / row["ms"]["median"])
         gc.collect()
         yield row
 
@@ -48,7 +47,7 @@ def _too_long(cost: Cost, dtype: torch.dtype, wanted: Wanted) -> str:
     """Why a row is not run on a CPU ("" when it is): its peers would take minutes. A shape asked for by name may be slow."""
     if wanted.device != "cpu":
         return ""
-    rate = machine.product(wanted.device, dtype)
+    rate = rates.of(wanted.device).product(dtype)
     if cost.flops > CPU_FLOPS:
         return f"{cost.flops / 1e9:.0f} GFLOP in a forward pass are too many for a CPU"
     if not wanted.shapes and cost.flops / rate > CPU_SECONDS:
@@ -97,12 +96,23 @@ def backend(room: Room, inputs: Inputs, which: str, device: str) -> str:
     return ahead if which == "fwd+bwd" and ahead == back else back if which == "bwd" else f"{ahead}/{back}"
 
 
-def floor(cost: Cost, which: str, device: str, dtype: torch.dtype) -> Row:
-    """What the pass must compute and move, and the time this machine's best rates would take for it."""
+def work(cost: Cost, which: str) -> Row:
+    """What the pass must compute and move."""
     flops = cost.flops * {"fwd": 1, "bwd": cost.backward, "fwd+bwd": 1 + cost.backward}[which]
     moved = cost.bytes * {"fwd": 1, "bwd": cost.backward_bytes, "fwd+bwd": 1 + cost.backward_bytes}[which]
-    seconds = max(flops / machine.flops(device, dtype), moved / machine.bandwidth(device, moved))
-    return {"flops": flops, "bytes": moved, "floor_ms": measure.significant(1e3 * seconds)}
+    return {"flops": flops, "bytes": moved}
+
+
+def floor(row: Row, device: str) -> Row:
+    """The time that this machine's best rates would take for a row's work, and the share of our time that it is."""
+    if "flops" not in row:
+        return {}
+    best, dtype = rates.of(device), DTYPES[row["dtype"]]
+    seconds = max(row["flops"] / best.flops(dtype), row["bytes"] / best.bandwidth(row["bytes"]))
+    found = {"floor_ms": measure.significant(1e3 * seconds)}
+    if "ms" in row:
+        found["share_of_floor"] = measure.significant(found["floor_ms"] / row["ms"]["median"])
+    return found
 
 
 def _function(run: Callable[[], Any], inputs: Inputs, room: Room, which: str) -> measure.Function:

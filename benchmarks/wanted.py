@@ -18,6 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 PASSES = ("fwd", "bwd", "fwd+bwd")
 BUILT = ("compiled", "flex")  # seconds to build each: timed on headline rows, or when asked for
 MODELS = "models"  # the name that whole-model rows are asked for by
+GENERATION = ("prefill-unequal", "generate-unequal", "decode-media")
 
 Row = dict[str, Any]
 
@@ -38,12 +39,13 @@ class Wanted:
     peers: tuple[str, ...] = ()
     device: str = "cpu"
     quick: bool = False
-    seconds: float = 2.0  # for the timing of a row
+    seconds: float = 1.5  # for the timing of a row
 
     def __post_init__(self) -> None:
         """**Raises** ValueError for a name that no room knows."""
         asked = [room for room in rooms().values() if not self.ops or room.name in self.ops]
-        whole = {f"{model}-step" for model in models.list()} if not self.ops or MODELS in self.ops else set()
+        steps = {f"{model}-step" for model in models.list()}
+        whole = steps | set(GENERATION) if not self.ops or MODELS in self.ops else set()
         known = {
             "ops": {*rooms(), MODELS},
             "shapes": {case.name for room in asked for case in room.bench} | whole,

@@ -29,13 +29,25 @@ def _load(name: str) -> str:
     path = _HERE / f"{name}.abi3.so"
     if not path.is_file():
         return build_info()["modules"][name] or f"{path.name} is missing; build again"
-    if name == "_C_cuda" and torch.version.cuda is None:
-        return f"torch {torch.__version__} has no CUDA"
+    if name == "_C_cuda" and (why := _other_cuda()):
+        return why
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
         return f"{path.name} does not load in torch {torch.__version__}: {error}"
     return ""
+
+
+def _other_cuda() -> str:
+    """Why this torch cannot host what nvcc compiled ("" when it can): no CUDA, or another major version of it."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA"
+    compiled, there = (version.partition(".")[0] for version in (build_info()["nvcc"], torch.version.cuda))
+    return (
+        ""
+        if compiled == there
+        else f"it was compiled for CUDA {compiled}, torch has CUDA {there}; build again"
+    )
 
 
 def _import_host() -> tuple[ModuleType | None, str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mmkernels import _native, _version
+from mmkernels import _native, _version, gpu
 from mmkernels.primitives import _accuracy as accuracy
 from mmkernels.primitives._op import OPS, using
 from mmkernels.rooms import rooms
@@ -64,25 +64,14 @@ def devices() -> dict[str, Any]:
     cpu["isa"] = os.environ.get("MMKERNELS_ISA") or "chosen by the CPU"
     if _native.host is not None:
         cpu["features"] = [name for name, there in _native.host.cpu_features().items() if there]
-    gpus = (
-        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        if torch.cuda.is_available()
-        else []
-    )
-    return {"cpu": cpu, "gpus": gpus, "why_no_gpu": "" if gpus else _why_no_gpu()}
-
-
-def _why_no_gpu() -> str:
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA"
-    return "no CUDA device is visible to torch: is there a driver, and is CUDA_VISIBLE_DEVICES set?"
+    return {"cpu": cpu, "gpus": gpu.names(), "why_no_gpu": gpu.why_none()}
 
 
 def _backends(name: str) -> dict[str, dict[str, str]]:
     """device -> backend -> "" or why it cannot serve here."""
     found: dict[str, dict[str, str]] = {}
     for device, rows in OPS[name].rows.items():
-        absent = _why_no_gpu() if device == "cuda" and not torch.cuda.is_available() else ""
+        absent = gpu.why_none() if device == "cuda" else ""
         found[device] = {row.backend: absent or row.present() for row in rows}
     return found
 
@@ -109,7 +98,7 @@ def _test_room(name: str, device: str) -> str:
 
 def problems(tests: dict[str, str]) -> list[str]:
     """What somebody should mend: a failing self-test, or a module that was built and does not load."""
-    found = [f"{name}: {why}" for name, why in tests.items() if why]
+    found = [f"{name}: {why}" for name, why in tests.items() if why] + gpu.problems()
     built = _native.build_info()["modules"]
     for module, why in _native.reasons.items():
         expected = built.get(module, "absent") == "" and not (

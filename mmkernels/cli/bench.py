@@ -44,7 +44,7 @@ def add(subparsers: Any) -> None:
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
     )
     parser.add_argument("--quick", action="store_true", help="headline rows only, a quarter of the time each")
-    parser.add_argument("--seconds", type=float, default=2.0, help="timing of a row (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=1.5, help="timing of a row (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=1, help="repeat in fresh processes and take medians")
     parser.add_argument("--out", type=Path, help="folder for table, plots and page")
     parser.add_argument("--json", type=Path, help="write the record there too; - prints it instead of tables")

@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mmkernels.data import frames
-from mmkernels.infer import AnyToAny, Captioner
+from mmkernels.infer import AnyToAny, Captioner, Meter
 from mmkernels.infer.any_to_any import save
 from mmkernels.models import NextGpt
 
@@ -49,13 +51,30 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--max-new-tokens", type=int, default=32, help="longest answer (default: %(default)s)"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--beams", type=int, default=1, help="search with so many (default: %(default)s, greedy)"
+    )
+    parser.add_argument(
+        "--length-penalty",
+        type=float,
+        default=1.0,
+        help="of beams; above 1 favours long answers (default: 1)",
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="above 0: draw tokens (default: greedy)"
+    )
+    parser.add_argument("--top-p", type=float, help="draw from the fewest tokens of this probability")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
+    parser.add_argument("--stream", action="store_true", help="print words as they are written")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, with the rate of tokens")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     if options.frames is not None and options.video is None:
         raise ValueError(f"frames: got {options.frames} without a video, expected it with one")
+    if options.stream and (options.json or options.beams > 1):
+        raise ValueError(f"stream: got it beside {'json' if options.json else 'beams'}, expected it alone")
     captioner = Captioner.from_checkpoint(options.checkpoint, model=options.model)
     if isinstance(captioner.model, NextGpt):
         return _any_to_any(AnyToAny(captioner.model, captioner.tokenizer, captioner.size), options)
@@ -68,17 +87,27 @@ def run(options: argparse.Namespace) -> int:
             )
     video = options.video is not None
     pictures = options.image if options.video is None else frames.load(options.video, options.frames)
-    caption = captioner.caption(pictures, options.prompt, video=video, max_new_tokens=options.max_new_tokens)
+    meter = Meter(captioner.tokenizer, _print_piece if options.stream else lambda piece: None)
+    caption = captioner.caption(
+        pictures, options.prompt, video=video, max_new_tokens=options.max_new_tokens, beams=options.beams,
+        length_penalty=options.length_penalty, temperature=options.temperature, top_p=options.top_p,
+        generator=torch.Generator().manual_seed(options.seed), on_token=meter if options.beams == 1 else None,
+    )  # fmt: skip
     if options.json:
         seen = (
             {"video": str(options.video), "frames": len(pictures)}
             if video
             else {"images": [*map(str, pictures)]}
         )
-        print(json.dumps({**seen, "prompt": options.prompt, "caption": caption}, ensure_ascii=False))
+        told = {**seen, "prompt": options.prompt, "caption": caption, **meter.rates()}
+        print(json.dumps(told, ensure_ascii=False))
     else:
-        print(caption)
+        print("" if options.stream else caption)
     return 0
+
+
+def _print_piece(piece: str) -> None:
+    print(piece, end="", flush=True)
 
 
 def _any_to_any(model: AnyToAny, options: argparse.Namespace) -> int:

@@ -115,7 +115,7 @@ def _observer(bar: Progress, total: int) -> Callable[[dict[str, Any]], None]:
 
 def _measured(figures: dict[str, Any]) -> list[str]:
     """What was measured at a stage's end, a line each: shares, and true captions with the written ones."""
-    lines = [f"{name:32} {figures[name]:6.1%}" for name in figures if name != "captions"]
+    lines = [f"{name:32} {share:6.1%}" for name, share in figures.items() if isinstance(share, float)]
     return lines + [f"{true!r} is captioned {written!r}" for true, written in figures.get("captions", [])]
 
 

@@ -16,6 +16,8 @@ from mmkernels.data.grounding import SceneBatch as SceneBatch
 from mmkernels.data.images import ImageError as ImageError
 from mmkernels.data.mixtures import Mixtures as Mixtures
 from mmkernels.data.pairs import Pairs as Pairs
+from mmkernels.data.readings import ReadingBatch as ReadingBatch
+from mmkernels.data.readings import Readings as Readings
 from mmkernels.data.sequences import Batch as Batch
 from mmkernels.data.sequences import Sequences as Sequences
 from mmkernels.data.tokenizer import Tokenizer as Tokenizer

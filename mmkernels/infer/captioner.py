@@ -16,9 +16,11 @@ from mmkernels.data import Tokenizer, images, store
 from mmkernels.data.dialogues import QUESTION
 from mmkernels.data.frames import MAX_FRAMES
 from mmkernels.data.pairs import INSTRUCTIONS
+from mmkernels.data.readings import Sight
 from mmkernels.data.sequences import MAX_IMAGES
 from mmkernels.data.tokenizer import IMAGE
-from mmkernels.models import CogVLM, Lavin, LlamaVid, MultimodalModel, QwenVL, weights
+from mmkernels.models import CogVLM, Lavin, LlamaVid, Llava, MoeLlava, MultimodalModel, QwenVL, Stage, weights
+from mmkernels.models.llava_text import ask
 from mmkernels.models.qformer import Instruction
 from mmkernels.models.qwen_text import chat_prompt
 
@@ -44,35 +46,57 @@ class Captioner:
             raise ValueError(f"{folder / 'run.json'}: damaged, it names no model")
         if model is not None and model != name:
             raise ValueError(f"model: got {model!r} for {folder}, expected {name!r}, which was trained there")
-        built = models.build(name)
+        built, config = models.build(name), models.config(name)
+        stage = _stage(folder, config)
+        built.enter(stage)
         weights.load(built, folder / "model.safetensors")
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
-        return cls(built.to(device), tokenizer, _image_size(folder, models.config(name)))
+        return cls(built.to(device), tokenizer, stage.image_size or config.vision.image_size)
 
     def caption(
-        self, pictures: Sequence[Picture], prompt: str = "", *, video: bool = False, max_new_tokens: int = 32
+        self,
+        pictures: Sequence[Picture],
+        prompt: str = "",
+        *,
+        video: bool = False,
+        max_new_tokens: int = 32,
+        **decoding: Any,
     ) -> str:
-        """Continues a prompt about pictures; greedy, so the same again every time.
+        """Continues a prompt about pictures; greedy, so the same again every time, unless `models.Decoding`'s options, which it
+        takes, say otherwise.
 
         A prompt that holds `<image>` says where each picture stands; otherwise all pictures stand before it, and the
-        continuation is about the last one. LaVIN takes one picture or none. A Qwen-VL is asked as in its conversations, every
-        picture on a line of its own. `video`: the pictures are the frames of one video, which has one place in the text (see
-        `data.frames.load`).
+        continuation is about the last one. LaVIN takes one picture or none. A Qwen-VL and a LLaVA are asked as in their
+        conversations, every picture on a line of its own. `video`: the pictures are the frames of one video, which has one
+        place in the text (see `data.frames.load`).
         **Raises** ValueError when pictures and places differ in number, and for a video where the model knows none; ImageError
         for a picture that cannot be read.
         """
         device = next(self.model.parameters()).device
         count, frames = (1, self._frames(len(pictures))) if video else (len(pictures), 1)
         ids = torch.tensor([self._ids(count, prompt)], device=device)
+        if isinstance(self.model, Llava):
+            return self._answer(self.model, pictures, ids, max_new_tokens=max_new_tokens, **decoding)
         places, mask = self.model.expand(ids, frames=frames)
         pixels = self._pixels(pictures).to(device) if pictures else None
         pixels = pixels.unsqueeze(1) if video and pixels is not None else pixels
         told: dict[str, Any] = self._instruction(prompt, count)
-        answer = self.model.generate(pixels, places, mask, max_new_tokens=max_new_tokens, **told)
+        answer = self.model.generate(pixels, places, mask, max_new_tokens=max_new_tokens, **told, **decoding)
+        return self.tokenizer.decode(answer[0].tolist()).strip()
+
+    def _answer(self, model: Llava, pictures: Sequence[Picture], ids: Tensor, **decoding: Any) -> str:
+        """What a LLaVA says of pictures, which it is shown in as many views as its way to look takes."""
+        c = model.config
+        sight = Sight(c.aspect, self.size, c.vision.patch_size, c.pinpoints, c.rounding)
+        seen = [sight.see(p.convert("RGB")) for p in _opened(pictures)]
+        plans = [plan for _, plan in seen if plan is not None] or None
+        pixels = images.normalise(np.concatenate([views for views, _ in seen])).to(ids.device)
+        places, mask = model.expand(ids, plans=plans)
+        answer = model.generate(pixels, places, mask, plans=plans, **decoding)
         return self.tokenizer.decode(answer[0].tolist()).strip()
 
     def _frames(self, frames: int) -> int:
-        if isinstance(self.model, CogVLM | Lavin | QwenVL):
+        if isinstance(self.model, CogVLM | Lavin | Llava | MoeLlava | QwenVL):
             raise ValueError("video: got one for a model of pictures, expected pictures")
         if not 1 <= frames <= MAX_FRAMES:
             raise ValueError(f"video: got {frames} frames, expected 1 to {MAX_FRAMES}")
@@ -80,6 +104,8 @@ class Captioner:
 
     def _ids(self, pictures: int, prompt: str) -> list[int]:
         text, model, encode = self._text(pictures, prompt), self.model, self.tokenizer.encode
+        if isinstance(model, Llava):
+            return encode(ask(model.config.template, prompt.strip() or QUESTION, pictures))
         if not isinstance(model, QwenVL):
             return encode(text)
         if IMAGE in prompt:
@@ -114,14 +140,16 @@ class Captioner:
         )
 
     def _pixels(self, pictures: Sequence[Picture]) -> Tensor:
-        opened = [p if isinstance(p, Image.Image) else images.load(p) for p in pictures]
-        squares = [images.square(p.convert("RGB"), self.size) for p in opened]
+        squares = [images.square(p.convert("RGB"), self.size) for p in _opened(pictures)]
         return images.normalise(np.stack(squares)).unsqueeze(0)
 
 
-def _image_size(folder: Path, config: Any) -> int:
-    """The side of the pictures in the stage where a checkpoint was taken; without its record, in the last one."""
+def _opened(pictures: Sequence[Picture]) -> list[Image.Image]:
+    return [p if isinstance(p, Image.Image) else images.load(p) for p in pictures]
+
+
+def _stage(folder: Path, config: Any) -> Stage:
+    """The stage where a checkpoint was taken; without its record, the last one."""
     state = folder / "checkpoint.json"
     name = store.read_json(state).get("stage") if state.is_file() else None
-    stage = next((stage for stage in config.stages if stage.name == name), config.stages[-1])
-    return stage.image_size or config.vision.image_size
+    return next((stage for stage in config.stages if stage.name == name), config.stages[-1])

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mmkernels.layers.norm import make_norm
+from mmkernels.ops.sliced_image import slice_attention
 from mmkernels.primitives import _check
 from mmkernels.primitives.interval_attention import interval_attention
+
+
+class Packed(NamedTuple):
+    """Slices behind one another in one row: their offsets int32 `[S + 1]`, and the slice of each token `[T]`."""
+
+    offsets: Tensor
+    slice: Tensor
+
+
+class Record:
+    """What layers leave for whoever runs them. An object of its own: wrappers of modules copy the lists that they are given."""
+
+    def __init__(self) -> None:
+        self.kept: list[Any] = []
 
 
 class Visibility(NamedTuple):
     """What all layers of a stack share: which keys a row sees, and how positions enter.
 
     lo, hi int32 `[B, T]`; rotary `(cos, sin)`, each `[B, T, 1, R / 2]`, turns the first R of every head; slopes `[H]` is ALiBi.
-    `first [B]` is where a row's first token stands, for adapters that read it; None: at 0.
+    `first [B]` is where a row's first token stands, for adapters that read it; None: at 0. With `packed` there is one row,
+    whose tokens see their own slice, whatever lo and hi say. Layers with experts leave their `Routing` in
+    `routings`.
     """
 
     lo: Tensor
@@ -24,6 +41,8 @@ class Visibility(NamedTuple):
     rotary: tuple[Tensor, Tensor] | None = None
     alibi_slopes: Tensor | None = None
     first: Tensor | None = None
+    packed: Packed | None = None
+    routings: Record | None = None
 
 
 class KVCache:
@@ -56,6 +75,16 @@ class KVCache:
         self.k[layer, :, self.length : end] = k
         self.v[layer, :, self.length : end] = v
         return self.k[layer, :, :end], self.v[layer, :, :end]
+
+    def select(self, rows: Tensor) -> KVCache:
+        """A cache of the sequences `rows` `[N]`, some perhaps several times, some not at all."""
+        layers, _, *rest = self.k.shape
+        found = KVCache((layers, len(rows), *rest), dtype=self.k.dtype, device=self.k.device)  # type: ignore[arg-type]
+        for mine, theirs in ((self.k, found.k), (self.v, found.v)):
+            theirs[:, :, : self.length] = mine[:, rows, : self.length]
+        found.start, found.length = self.start[rows], self.length
+        found.kept = {layer: decided[rows] for layer, decided in self.kept.items()}
+        return found
 
 
 def rotary_table(
@@ -134,6 +163,9 @@ class SelfAttention(nn.Module):
             q, k = rotate(q, seen.rotary), rotate(k, seen.rotary)
         if cache is not None:
             k, v = cache.append(layer, k, v)
+        if seen.packed is not None:
+            o = slice_attention(q.squeeze(0), k.squeeze(0), v.squeeze(0), seen.packed.offsets)
+            return self.out(o.flatten(1).unsqueeze(0))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         o = interval_attention(q, k, v, seen.lo, seen.hi, alibi_slopes=seen.alibi_slopes)
         return self.out(o.transpose(1, 2).flatten(2))  # type: ignore[union-attr]

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkernels.layers._published import Table
-from mmkernels.layers.attention import KVCache, SelfAttention, Visibility, alibi_slopes, rotary_table
-from mmkernels.layers.decoder_tables import LAYOUTS, decoder_table
+from mmkernels.layers.attention import KVCache, Record, SelfAttention, Visibility, alibi_slopes, rotary_table
+from mmkernels.layers.decoder_tables import LAYOUTS, decoder_table, layer_names
 from mmkernels.layers.mlp import MLP
 from mmkernels.layers.modality_adapter import AdapterConfig, ModalityAdapter, adapters_table
+from mmkernels.layers.moe import ExpertsConfig, MoE
 from mmkernels.layers.norm import make_norm
 from mmkernels.primitives import _check
 
@@ -23,7 +24,8 @@ class BlockConfig:
     """A pre-norm transformer block: `x += attention(norm(x)); x += mlp(norm(x))`, or both from one norm when `parallel`.
 
     With an `adapter` it stands before the attention. Training drops each of a sequence's two sums with probability `drop_path`.
-    With `norm_after` the residual is outside of the norm: `x += norm(attention(x)); x += norm(mlp(x))`.
+    With `norm_after` the residual is outside of the norm: `x += norm(attention(x)); x += norm(mlp(x))`. With `experts` the mlp
+    is a mixture of them.
     """
 
     width: int
@@ -43,6 +45,7 @@ class BlockConfig:
     adapter: AdapterConfig | None = None
     drop_path: float = 0.0
     norm_after: bool = False
+    experts: ExpertsConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -83,31 +86,55 @@ class Block(nn.Module):
             qk_norm=c.qk_norm, norm=c.norm, norm_bias=c.norm_bias,
         )  # fmt: skip
         self.mlp_norm = None if c.parallel else make_norm(c.norm, c.width, eps=c.eps, bias=c.norm_bias)
-        self.mlp = MLP(c.width, c.hidden, c.activation, bias=c.mlp_bias)
+        self.mlp = (
+            MLP(c.width, c.hidden, c.activation, bias=c.mlp_bias)
+            if c.experts is None
+            else _experts(c, c.experts)
+        )
         self.adapter = None if c.adapter is None else _adapter(c.width, c.adapter)
 
     def forward(self, x: Tensor, seen: Visibility, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         """x `[B, T, C]` -> the same shape; with a cache the T rows continue what `layer` has stored."""
         if self.config.norm_after and self.mlp_norm is not None:
-            x = x + self.attention_norm(self.attention(x, seen, cache, layer))
-            return x + self.mlp_norm(self.mlp(x))
+            x = x + self._drop(self.attention_norm(self.attention(x, seen, cache, layer)), seen)
+            return x + self._drop(self.mlp_norm(self._feed(x, seen)), seen)
         normed = self.attention_norm(x)
         adapted = normed
         if self.adapter is not None and self.config.adapter is not None:
             kept = None if cache is None else cache.kept
             adapted = self.adapter.adapt(normed, self.config.adapter.reads, seen.first, kept, layer)
-        attended = self._drop(self.attention(adapted, seen, cache, layer))
+        attended = self._drop(self.attention(adapted, seen, cache, layer), seen)
         if self.mlp_norm is None:
-            return x + attended + self._drop(self.mlp(normed))
+            return x + attended + self._drop(self._feed(normed, seen), seen)
         x = x + attended
-        return x + self._drop(self.mlp(self.mlp_norm(x)))
+        return x + self._drop(self._feed(self.mlp_norm(x), seen), seen)
 
-    def _drop(self, x: Tensor) -> Tensor:
-        """Stochastic depth, a sequence at a time; what stays is scaled up."""
+    def _feed(self, x: Tensor, seen: Visibility) -> Tensor:
+        """The feed-forward, or the experts, which say who went where."""
+        if not isinstance(self.mlp, MoE):
+            return self.mlp(x)
+        y, routing = self.mlp.run(x)
+        if seen.routings is not None:
+            seen.routings.kept.append(routing)
+        return y
+
+    def _drop(self, x: Tensor, seen: Visibility) -> Tensor:
+        """Stochastic depth, a sequence or packed slice at a time; what stays is scaled up."""
         p = self.config.drop_path
         if p == 0 or not self.training:
             return x
+        if seen.packed is not None:
+            kept = F.dropout(x.new_ones(seen.packed.offsets.shape[0], 1), p)
+            return x * kept[seen.packed.slice]
         return x * F.dropout(x.new_ones(x.shape[0], 1, 1), p)
+
+
+def _experts(c: BlockConfig, e: ExpertsConfig) -> MoE:
+    return MoE(
+        c.width, c.hidden, e.experts, e.top_k, capacity_factor=e.capacity_factor, policy=e.policy,
+        eval_capacity_factor=e.eval_capacity_factor, activation=c.activation, residual=e.residual, bias=c.mlp_bias,
+        min_capacity=e.min_capacity, sampling=e.sampling,
+    )  # fmt: skip
 
 
 def _adapter(width: int, c: AdapterConfig) -> ModalityAdapter:
@@ -195,7 +222,7 @@ class Decoder(nn.Module):
             rotary = rotary_table(positions, width, c.rotary_base, dtype, c.rotary_scaling)
         if c.positions == "alibi":
             slopes = alibi_slopes(c.block.heads, positions.device)
-        return Visibility(lo, hi, rotary, slopes)
+        return Visibility(lo, hi, rotary, slopes, routings=Record())
 
     def logits(self, x: Tensor) -> Tensor:
         x = self.norm(x)
@@ -218,6 +245,9 @@ class Decoder(nn.Module):
             special=self.special,
             tied=c.tied,
         )
+        for layer, block in enumerate(self.blocks):
+            if isinstance(block, Block) and isinstance(block.mlp, MoE):
+                table += block.mlp.within(layer_names(source, layer)).under(f"blocks.{layer}.mlp.", "")
         return table + adapters_table(self.blocks, source, "layers") if source == "lavin" else table
 
 

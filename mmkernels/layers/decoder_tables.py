@@ -97,6 +97,12 @@ LAYOUTS = {
 }  # fmt: skip
 
 
+def layer_names(source: str, layer: int) -> tuple[str, tuple[str, ...], str]:
+    """A layer's place in a family's files, and their names in it of what makes `mlp.up` and of `mlp.down`."""
+    layout = LAYOUTS[source]
+    return f"{layout.layers}.{layer}.", layout.up, dict(layout.inside)[r"mlp\.down"]
+
+
 def embedding_rules(key: str, vocab: int, special: tuple[int, ...]) -> tuple[Rule, ...]:
     """The embedding's first `vocab` rows (published tables are often padded), and the rows that live apart."""
     return (

@@ -43,8 +43,8 @@ class T5Config:
 class T5Cache:
     """What a decoded sequence keeps: its own keys and values, and those of the encoder's states, which stay as they are."""
 
-    def __init__(self, text: KVCache) -> None:
-        self.text = text
+    def __init__(self, text: KVCache, heads: int) -> None:
+        self.text, self.heads = text, heads
         self.cross: list[tuple[Tensor, Tensor]] = []
         self.mask: Tensor | None = None
 
@@ -52,6 +52,14 @@ class T5Cache:
     def length(self) -> int:
         """How many tokens have been decoded."""
         return self.text.length
+
+    def select(self, rows: Tensor) -> T5Cache:
+        """A cache of the sequences `rows` `[N]`; see `KVCache.select`."""
+        each = (rows.unsqueeze(1) * self.heads + torch.arange(self.heads, device=rows.device)).flatten()
+        found = T5Cache(self.text.select(each), self.heads)
+        found.cross = [(k[each], v[each]) for k, v in self.cross]
+        found.mask = None if self.mask is None else self.mask[rows]
+        return found
 
 
 class T5Block(nn.Module):
@@ -219,7 +227,7 @@ class T5(nn.Module):
         """Room for `capacity` decoded tokens; every head is a row of its own, so that products read the buffers in place."""
         c, weight = self.config, self.embedding.weight
         shape = (c.decoder_layers, batch * c.heads, capacity, 1, c.head_dim)
-        return T5Cache(KVCache(shape, dtype=weight.dtype, device=weight.device))
+        return T5Cache(KVCache(shape, dtype=weight.dtype, device=weight.device), c.heads)
 
     def _crossed(
         self, states: Tensor | None, mask: Tensor | None, cache: T5Cache | None

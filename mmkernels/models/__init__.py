@@ -14,13 +14,24 @@ from mmkernels.models.base import Output as Output
 from mmkernels.models.base import Tokens as Tokens
 from mmkernels.models.cogvlm import CogVLM as CogVLM
 from mmkernels.models.cogvlm import CogVLMConfig as CogVLMConfig
+from mmkernels.models.decoding import Decoding as Decoding
 from mmkernels.models.flamingo import Flamingo as Flamingo
 from mmkernels.models.flamingo import FlamingoConfig as FlamingoConfig
 from mmkernels.models.flamingo import flamingo_labels as flamingo_labels
+from mmkernels.models.fuyu import Fuyu as Fuyu
+from mmkernels.models.fuyu import FuyuConfig as FuyuConfig
 from mmkernels.models.lavin import Lavin as Lavin
 from mmkernels.models.lavin import LavinConfig as LavinConfig
 from mmkernels.models.llama_vid import LlamaVid as LlamaVid
 from mmkernels.models.llama_vid import LlamaVidConfig as LlamaVidConfig
+from mmkernels.models.llava import Llava as Llava
+from mmkernels.models.llava import LlavaConfig as LlavaConfig
+from mmkernels.models.llava_uhd import LlavaUHD as LlavaUHD
+from mmkernels.models.llava_uhd import LlavaUHDConfig as LlavaUHDConfig
+from mmkernels.models.moe_llava import MoeLlava as MoeLlava
+from mmkernels.models.moe_llava import MoeLlavaConfig as MoeLlavaConfig
+from mmkernels.models.monkey import Monkey as Monkey
+from mmkernels.models.monkey import MonkeyConfig as MonkeyConfig
 from mmkernels.models.next_gpt import NextGpt as NextGpt
 from mmkernels.models.next_gpt import NextGptConfig as NextGptConfig
 from mmkernels.models.presets import PRESETS as _PRESETS
@@ -31,6 +42,8 @@ from mmkernels.models.qformer_seq2seq import Blip2Seq2Seq as Blip2Seq2Seq
 from mmkernels.models.qformer_seq2seq import Blip2Seq2SeqConfig as Blip2Seq2SeqConfig
 from mmkernels.models.qwen_vl import QwenVL as QwenVL
 from mmkernels.models.qwen_vl import QwenVLConfig as QwenVLConfig
+from mmkernels.models.slime import Slime as Slime
+from mmkernels.models.slime import SlimeConfig as SlimeConfig
 from mmkernels.models.stages import Stage as Stage
 
 Config = (
@@ -38,20 +51,32 @@ Config = (
     | Blip2Seq2SeqConfig
     | CogVLMConfig
     | FlamingoConfig
+    | FuyuConfig
     | LavinConfig
     | LlamaVidConfig
+    | LlavaConfig
+    | LlavaUHDConfig
+    | MonkeyConfig
+    | MoeLlavaConfig
     | NextGptConfig
     | QwenVLConfig
+    | SlimeConfig
 )
 _FAMILIES = {
     CogVLMConfig: CogVLM,
     FlamingoConfig: Flamingo,
+    FuyuConfig: Fuyu,
     LavinConfig: Lavin,
     LlamaVidConfig: LlamaVid,
+    LlavaConfig: Llava,
+    MoeLlavaConfig: MoeLlava,
     NextGptConfig: NextGpt,
     Blip2Config: Blip2,
     Blip2Seq2SeqConfig: Blip2Seq2Seq,
+    LlavaUHDConfig: LlavaUHD,
+    MonkeyConfig: Monkey,
     QwenVLConfig: QwenVL,
+    SlimeConfig: Slime,
 }
 
 

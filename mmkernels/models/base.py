@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from mmkernels.layers.attention import KVCache
 from mmkernels.layers.decoder import Decoder
-from mmkernels.models.sampling import Sampler, continue_text
+from mmkernels.models.decoding import Decoding
+from mmkernels.models.packing import PackedPrompts
+from mmkernels.models.stages import Stage
 from mmkernels.primitives import _check
 
 IGNORE = -100  # the label of a position that is not predicted
@@ -30,19 +32,38 @@ class Tokens:
 
 @dataclass
 class Cache:
-    """What a sequence being continued keeps: text keys and values, and whatever the family keeps of its media."""
+    """What a sequence being continued keeps: text keys and values, and whatever the family keeps of its media.
+
+    `media` is the family's own: tensors by sequence, what has a `select(rows)`, or what all sequences share.
+    """
 
     text: KVCache
-    media: dict[str, Any] = field(default_factory=dict)  # the family's own
+    media: dict[str, Any] = field(default_factory=dict)
+
+    def select(self, rows: Tensor) -> Cache:
+        """A cache of the sequences `rows` `[N]`, some perhaps several times, some not at all."""
+        return Cache(self.text.select(rows), {name: _select(kept, rows) for name, kept in self.media.items()})
+
+
+def _select(kept: Any, rows: Tensor) -> Any:
+    if isinstance(kept, Tensor):
+        return kept[rows]
+    return kept.select(rows) if hasattr(kept, "select") else kept
 
 
 @dataclass
 class Output:
-    """loss (scalar, with labels), logits `[B, T, V]`, the cache passed in, now longer, and what the last block gave."""
+    """loss (scalar, with labels), logits `[B, T, V]`, the cache that was passed in, now longer, and what the last block gave:
+    `hidden`, of the positions that have logits.
+
+    Where layers have experts: their `routings`, and the sum of their balancing losses, of which loss has its share.
+    """
 
     logits: Tensor
     loss: Tensor | None = None
     cache: Cache | None = None
+    aux_loss: Tensor | None = None
+    routings: Sequence[Any] = ()
     hidden: Tensor | None = None
 
 
@@ -51,6 +72,12 @@ class MultimodalModel(nn.Module):
 
     lm: Decoder
     tokens: Tokens
+    packs = True  # prompts of unequal length run without their padding: blocks know nothing of a row but what it sees
+    balance = 0.01  # what the balancing losses of experts weigh
+
+    def enter(self, stage: Stage) -> None:
+        """Becomes what a stage trains: its parameters learn, the others do not."""
+        stage.freeze(self)
 
     def encode(self, images: Tensor) -> Tensor:
         """Pictures or videos -> media tokens, the connector's output."""
@@ -78,6 +105,10 @@ class MultimodalModel(nn.Module):
         text = None if cache is None else cache.text
         positions = self.lm.positions(attention_mask, (x.shape[0], x.shape[1]), text)
         return self.lm.add_positions(x, positions), self.lm.visibility(attention_mask, positions, text)
+
+    def pack(self, condition: Any, packed: PackedPrompts) -> Any:
+        """The condition for tokens that stand as one row `[1, N]`; see `PackedPrompts`."""
+        return condition
 
     def block(self, index: int, x: Tensor, seen: Any, cache: KVCache | None) -> Tensor:
         return self.lm.blocks[index](x, seen, cache, index)
@@ -122,15 +153,30 @@ class MultimodalModel(nn.Module):
             text.start.copy_(attention_mask.to(torch.int8).argmax(1))
         condition = self.condition(input_ids, media, cache)
         x, seen = self.place(self.embed(input_ids, media), attention_mask, cache, condition)
-        for index in range(len(self.lm.blocks)):
-            x = self.before_block(index, x, condition)
-            x = self.block(index, x, seen, text)
-            x = self.after_block(index, x, condition)
+        packed = PackedPrompts.of(attention_mask, text) if self.packs and last_only else None
+        if packed is None:
+            x = self._blocks(x, seen, text, condition)
+            x = x[:, -1:] if last_only else x
+        else:
+            condition = self.pack(condition, packed)
+            x = packed.ends(self._blocks(packed.rows(x), packed.seen(seen), packed, condition))
         if text is not None:
             text.length += input_ids.shape[1]
-        logits = self.lm.logits(x[:, -1:] if last_only else x)
+        logits = self.lm.logits(x)
         loss = None if labels is None else next_token_loss(logits, labels)
-        return Output(logits, loss, cache, x)
+        record = getattr(seen, "routings", None)
+        routings = () if record is None else record.kept
+        aux = sum(routing.aux_loss for routing in routings) if routings else None
+        if loss is not None and aux is not None:
+            loss = loss + self.balance * aux
+        return Output(logits, loss, cache, aux, routings, x)
+
+    def _blocks(self, x: Tensor, seen: Any, cache: KVCache | PackedPrompts | None, condition: Any) -> Tensor:
+        for index in range(len(self.lm.blocks)):
+            x = self.before_block(index, x, condition)
+            x = self.block(index, x, seen, cache)  # type: ignore[arg-type]  # layers append to either
+            x = self.after_block(index, x, condition)
+        return x
 
     def keep_reachable(self, x: Tensor, parts: Sequence[nn.Module], side: int) -> Tensor:
         """In training a batch without images reads a black one, times 0: every rank's graph has the same parameters."""
@@ -178,39 +224,33 @@ class MultimodalModel(nn.Module):
         attention_mask: Tensor | None = None,
         *,
         media: Tensor | None = None,
-        max_new_tokens: int = 32,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        stop: Sequence[int] | None = None,
-        generator: torch.Generator | None = None,
+        **options: Any,
     ) -> Tensor:
         """Continues prompts token by token, keeping keys and values of text and media.
 
-        `temperature=0` takes the likeliest token; otherwise tokens are drawn from the `top_k` likeliest, and of those from the
-        fewest that together have probability `top_p`. A row ends at a token of `stop` (end of text and end of chunk unless
-        given), which is part of the answer.
+        Options, with their defaults, are the fields of `models.Decoding`: how tokens are chosen, when a row ends, beams.
 
-        **Shapes** as `forward`; prompts of unequal length are padded on either side. Returns the new ids `[B, N]`,
-        N <= max_new_tokens, rows padded on the right after their end.
+        **Shapes** as `forward`; prompts of unequal length are padded on either side, and their padding costs nothing. Returns
+        the new ids `[B, N]`, N <= max_new_tokens, rows padded on the right after their end.
         **Edge** each row gives what it would give alone, until one emits a media token: families whose media time then restarts
-        say so. **Raises** ValueError for shapes and numbers out of range.
+        say so. **Raises** ValueError for shapes, numbers out of range; TypeError for an option that there is none of.
         """
         if input_ids is None:
             raise ValueError("input_ids: got None, expected token ids [B, T]")
         _check.shapes(input_ids=(input_ids, "B T"), attention_mask=(attention_mask, "B T"))
-        _check.positive(max_new_tokens=max_new_tokens, tokens=input_ids.shape[1])
-        sampler = Sampler(temperature, top_k, top_p, generator)
-        stop = (self.tokens.end_of_text, self.tokens.end_of_chunk) if stop is None else tuple(stop)
+        _check.positive(tokens=input_ids.shape[1])
+        decoding = Decoding(**options)
         ids, mask = pad_left(input_ids, attention_mask, self.tokens.pad)
-        cache = self.new_cache(ids.shape[0], ids.shape[1] + max_new_tokens)
 
-        def step(token: Tensor | None) -> Tensor:
-            if token is not None:
-                return self(None, token, cache=cache, last_only=True).logits[:, -1]
-            return self(images, ids, mask, media=media, cache=cache, last_only=True).logits[:, -1]
+        def prefill() -> tuple[Tensor, Cache]:
+            cache = self.new_cache(ids.shape[0], ids.shape[1] + decoding.max_new_tokens)
+            return self(images, ids, mask, media=media, cache=cache, last_only=True).logits[:, -1], cache
 
-        return continue_text(step, sampler, max_new_tokens, stop, self.tokens.pad)
+        def decode(token: Tensor, cache: Cache) -> Tensor:
+            return self(None, token, cache=cache, last_only=True).logits[:, -1]
+
+        ends = (self.tokens.end_of_text, self.tokens.end_of_chunk)
+        return decoding.run(prefill, decode, ends, self.tokens.pad)
 
 
 def fill_places(text: Tensor, place: Tensor, media: Tensor) -> Tensor:

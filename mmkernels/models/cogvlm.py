@@ -67,6 +67,7 @@ class CogVLM(MultimodalModel):
     """
 
     sources = ("cogvlm", "cogvlm2", "cogvlm_sat")
+    packs = False  # positions and experts are made of whole rows
 
     def __init__(self, config: CogVLMConfig) -> None:
         super().__init__()

@@ -18,6 +18,7 @@ from mmkernels.layers.gated_cross_attention import GatedCrossAttentionBlock, Key
 from mmkernels.layers.resampler import PerceiverResampler
 from mmkernels.layers.vision import VisionConfig, VisionTower
 from mmkernels.models.base import IGNORE, Cache, MultimodalModel, Tokens
+from mmkernels.models.packing import PackedPrompts
 from mmkernels.models.stages import Stage
 from mmkernels.ops.gated_cross_attention import Intervals
 from mmkernels.primitives import _check
@@ -87,6 +88,14 @@ class Condition(NamedTuple):
     keys_values: list[KeysValues]
     intervals: Intervals
     count: Tensor
+
+    def select(self, rows: Tensor) -> Condition:
+        """The sequences `rows`, as a cache needs them: what their next tokens see is computed anew."""
+        b = self.media.shape[0]
+        keys_values = [
+            tuple(t.unflatten(0, (b, -1))[rows].flatten(0, 1) for t in pair) for pair in self.keys_values
+        ]
+        return self._replace(media=self.media[rows], keys_values=keys_values, count=self.count[rows])
 
 
 class Flamingo(MultimodalModel):
@@ -168,6 +177,10 @@ class Flamingo(MultimodalModel):
         """What all blocks share: they differ in weights only."""
         block: Any = self.cross[0]
         return block.intervals(media, locations, rows, use_cached_media=use_cached_media)
+
+    def pack(self, condition: Condition, packed: PackedPrompts) -> Condition:
+        seen = Intervals(*(t[packed.index] for t in condition.intervals))
+        return condition._replace(media=condition.media.flatten(0, 1).unsqueeze(0), intervals=seen)
 
     def before_block(self, index: int, x: Tensor, condition: Condition) -> Tensor:
         return x if self.config.cross.placement == "after" else self._cross(index, x, condition)

@@ -77,6 +77,7 @@ class Lavin(MultimodalModel):
     """
 
     sources = ("lavin",)
+    packs = False  # an adapter's route is decided by a row's first token
 
     def __init__(self, config: LavinConfig) -> None:
         super().__init__()

@@ -186,7 +186,9 @@ class NextGpt(MultimodalModel):
             if out.loss is None
             else sum((self.config.signal(n).scale * v for n, v in aligned.items()), out.loss)
         )
-        return NextGptOutput(out.logits, loss, out.cache, out.hidden, out.loss, aligned)
+        return NextGptOutput(
+            out.logits, loss, out.cache, hidden=out.hidden, text_loss=out.loss, alignment=aligned
+        )
 
     def _reach(self, media: Media, aligned: Mapping[str, Tensor]) -> Tensor | int:
         """0, from what a batch did not need: every rank's graph has the same parameters."""

@@ -28,8 +28,11 @@ def expand_images(
     *,
     attention_mask: Tensor | None = None,
     labels: Tensor | None = None,
+    counts: Sequence[int] | None = None,
 ) -> Expanded:
     """Makes each `tokens.image` a run of `places`: so many of itself, or the ids that a family writes instead (Qwen-VL).
+
+    `counts` instead gives every image of the batch, in its order, so many of itself as it has there.
 
     **Shapes** input_ids, attention_mask (True at text; None: all is), labels `[B, T]`. **Edge** places have the label -100;
     padding of the input is dropped; no rows give no rows. **Raises** ValueError for shapes and for fewer than one place.
@@ -40,20 +43,35 @@ def expand_images(
     run = [tokens.image] * places if isinstance(places, int) else [*places]
     _check.positive(places=len(run))
     written = torch.tensor(run, dtype=input_ids.dtype, device=input_ids.device)
+    sizes = None if counts is None else _sizes(input_ids, tokens, counts, attention_mask)
     rows, answers = [], []
     for b, ids in enumerate(input_ids):
         keep = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask[b]
         image = ids[keep] == tokens.image
         times = torch.where(image, len(run), 1)
+        if sizes is not None:
+            times[image] = sizes[b]
         wide = image.repeat_interleave(times)
         row = ids[keep].repeat_interleave(times)
-        row[wide] = written.repeat(int(image.sum()))
+        if sizes is None:
+            row[wide] = written.repeat(int(image.sum()))
         rows.append(row)
         if labels is not None:
             answers.append(labels[b][keep].repeat_interleave(times).masked_fill(wide, IGNORE))
     ids, mask = pad_rows(rows, tokens.pad, like=input_ids)
     made = None if labels is None else pad_rows(answers, IGNORE, like=labels)[0]
     return Expanded(ids, mask, made)
+
+
+def _sizes(ids: Tensor, tokens: Tokens, counts: Sequence[int], mask: Tensor | None) -> tuple[Tensor, ...]:
+    """The counts of each row's images."""
+    image = ids == tokens.image
+    rows = (image if mask is None else image & mask).sum(1).tolist()
+    if sum(rows) != len(counts):
+        raise ValueError(f"counts: got {len(counts)} for {sum(rows)} images in input_ids, expected as many")
+    if counts:
+        _check.positive(counts=min(counts))
+    return torch.tensor([*counts], dtype=torch.int64, device=ids.device).split(rows)
 
 
 def pad_rows(rows: Sequence[Tensor], value: int, *, like: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -10,11 +10,17 @@ from mmkernels.models import language
 from mmkernels.models.base import Tokens
 from mmkernels.models.cogvlm_presets import COGVLM
 from mmkernels.models.flamingo import CrossConfig, FlamingoConfig, ResamplerConfig
+from mmkernels.models.fuyu_presets import FUYU
 from mmkernels.models.lavin_presets import LAVIN
 from mmkernels.models.llama_vid_presets import LLAMA_VID
+from mmkernels.models.llava_presets import LLAVA
+from mmkernels.models.llava_uhd_presets import LLAVA_UHD
+from mmkernels.models.moe_llava_presets import MOE_LLAVA
+from mmkernels.models.monkey_presets import MONKEY
 from mmkernels.models.next_gpt_presets import NEXT_GPT
 from mmkernels.models.qformer_presets import QFORMER_MODELS
 from mmkernels.models.qwen_presets import QWEN_VL
+from mmkernels.models.slime_presets import SLIME
 from mmkernels.models.stages import Stage
 
 # the released models add three tokens to the 50,277 of the GPT-NeoX tokenizer and cut the padded tables to them
@@ -61,8 +67,14 @@ def _flamingo(lm: DecoderConfig, every: int, stage: Stage = _OPEN_FLAMINGO) -> F
 
 PRESETS = (
     COGVLM
+    | FUYU
     | LAVIN
     | LLAMA_VID
+    | LLAVA
+    | LLAVA_UHD
+    | MONKEY
+    | SLIME
+    | MOE_LLAVA
     | NEXT_GPT
     | QFORMER_MODELS
     | QWEN_VL

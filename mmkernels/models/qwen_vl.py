@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,12 +77,17 @@ class QwenVL(MultimodalModel):
 
     sources = ("qwen_vl",)
 
-    def __init__(self, config: QwenVLConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         self.config, self.tokens, self.marks = config, config.tokens, config.marks
-        self.vision = QwenVision(config.vision, config.grid, config.lm.block.width, config.heads)
+        self.vision = self.make_vision()
         self.lm = Decoder(config.lm)
         config.stages[-1].freeze(self)
+
+    def make_vision(self) -> Any:
+        """The vision side; families whose pictures are read in another way make another."""
+        c = self.config
+        return QwenVision(c.vision, c.grid, c.lm.block.width, c.heads)
 
     def stages(self) -> list[Stage]:
         """The training recipe; see `Stage`."""

@@ -45,11 +45,17 @@ class Sampler:
 
 
 def continue_text(
-    step: Callable[[Tensor | None], Tensor], sampler: Sampler, limit: int, stop: Sequence[int], pad: int
+    step: Callable[[Tensor | None], Tensor],
+    sampler: Sampler,
+    limit: int,
+    stop: Sequence[int],
+    pad: int,
+    on_token: Callable[[Tensor], object] | None = None,
 ) -> Tensor:
     """New ids `[B, N]`, N <= limit: a row ends at a token of `stop`, which is part of it, and goes on with `pad`.
 
     `step(token [B, 1])` gives the logits `[B, V]` that follow the token; its first call, with None, those after the prompt.
+    `on_token` hears every step's ids `[B]` as soon as they are chosen.
     """
     answer: list[Tensor] = []
     token, done = None, None
@@ -59,6 +65,8 @@ def continue_text(
         done = torch.zeros_like(chosen, dtype=torch.bool) if done is None else done
         chosen = torch.where(done, pad, chosen)
         answer.append(chosen)
+        if on_token is not None:
+            on_token(chosen)
         for end in stop:
             done = done | (chosen == end)
         if bool(done.all()):

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkernels.layers.t5 import T5
+from mmkernels.layers.t5 import T5, T5Cache
 from mmkernels.models.base import IGNORE
-from mmkernels.models.sampling import Sampler, continue_text
-from mmkernels.primitives import _check
+from mmkernels.models.decoding import Decoding
 
 
 def decoder_inputs(labels: Tensor, start: int = 0) -> Tensor:
@@ -34,29 +34,25 @@ def generate(
     inputs_embeds: Tensor,
     attention_mask: Tensor | None = None,
     *,
-    max_new_tokens: int = 32,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
     stop: Sequence[int] = (1,),
     start: int = 0,
     pad: int = 0,
-    generator: torch.Generator | None = None,
+    **options: Any,
 ) -> Tensor:
     """Answers to embeddings `[B, S, C]` token by token: new ids `[B, N]`, N <= max_new_tokens, without the start token.
 
-    The encoder runs once; sampling and stopping as in `MultimodalModel.generate`. The ids are FlanT5's unless given.
+    The encoder runs once; options are those of `models.Decoding`. The ids are FlanT5's unless given.
     **Edge** each row gives what it would give alone. **Raises** ValueError for shapes and numbers out of range.
     """
-    _check.positive(max_new_tokens=max_new_tokens)
-    sampler = Sampler(temperature, top_k, top_p, generator)
+    decoding = Decoding(**options)
     states = lm.encode(inputs_embeds, attention_mask)
-    cache = lm.new_cache(states.shape[0], max_new_tokens)
 
-    def step(token: Tensor | None) -> Tensor:
-        if token is not None:
-            return lm.decode(token, None, cache=cache)[:, -1]
+    def prefill() -> tuple[Tensor, T5Cache]:
+        cache = lm.new_cache(states.shape[0], decoding.max_new_tokens)
         first = torch.full((states.shape[0], 1), start, device=states.device)
-        return lm.decode(first, states, attention_mask, cache)[:, -1]
+        return lm.decode(first, states, attention_mask, cache)[:, -1], cache
 
-    return continue_text(step, sampler, max_new_tokens, stop, pad)
+    def decode(token: Tensor, cache: T5Cache) -> Tensor:
+        return lm.decode(token, None, cache=cache)[:, -1]
+
+    return decoding.run(prefill, decode, stop, pad)

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from mmkernels.primitives import _ranges
+
 LIBRARY = torch.library.Library("mmkernels", "DEF")
 OPS: dict[str, Op] = {}
 BACKENDS = ("cuda", "triton", "cpp", "reference")  # the ladder: the fastest first
@@ -140,8 +142,8 @@ class Op:
             device
         ):  # or a float32 product inside the body would come back in bfloat16
             with torch.autocast(device, enabled=False):
-                return row.call(*args)
-        return row.call(*args)
+                return _ranges.call(self.name, row.backend, row.call, args)
+        return _ranges.call(self.name, row.backend, row.call, args)
 
 
 def _device(args: tuple[Any, ...]) -> str:

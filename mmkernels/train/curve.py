@@ -7,13 +7,17 @@ from itertools import pairwise
 from pathlib import Path
 
 from mmkernels.data import store
+from mmkernels.train.expert_map import draw_experts
 from mmkernels.train.log import read
 
 NAME = "loss.png"
 
 
 def draw(out: Path) -> Path:
-    """Draws each loss of `log.jsonl` over the steps, with the stages' borders. **Raises** ImportError without matplotlib."""
+    """Draws each loss of `log.jsonl` over the steps, with the stages' borders; which experts were used last, beside it.
+
+    **Raises** ImportError without matplotlib.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -35,4 +39,7 @@ def draw(out: Path) -> Path:
     png = io.BytesIO()
     FigureCanvasAgg(figure).print_png(png)
     store.write(out / NAME, png.getvalue())
+    used = [r["held_out"]["experts"] for r in records if "experts" in r.get("held_out", {})]
+    if used:
+        draw_experts(used[-1], out)
     return out / NAME

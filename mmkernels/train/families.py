@@ -15,11 +15,13 @@ from mmkernels.models import (
     FlamingoConfig,
     LavinConfig,
     LlamaVidConfig,
+    LlavaConfig,
+    MoeLlavaConfig,
     NextGptConfig,
     QwenVLConfig,
     Stage,
 )
-from mmkernels.train import cogvlm, lavin, next_gpt, qformer, qwen, seq2seq, video
+from mmkernels.train import cogvlm, lavin, llava, moe_llava, next_gpt, qformer, qwen, seq2seq, video
 from mmkernels.train.objectives import Objectives
 
 
@@ -75,6 +77,8 @@ _FAMILIES = {
     Blip2Seq2SeqConfig: Family(_pairs, seq2seq.Seq2SeqObjectives, qformer.measure),
     LavinConfig: Family(lavin.mixtures, lavin.LavinObjectives, lavin.measure),
     LlamaVidConfig: Family(_videos, video.VideoObjectives, video.measure),
+    LlavaConfig: Family(llava.readings, llava.LlavaObjectives, llava.measure, llava.texts),
+    MoeLlavaConfig: Family(moe_llava.pairs, moe_llava.MoeLlavaObjectives, moe_llava.measure),
     NextGptConfig: Family(
         next_gpt.switching, next_gpt.NextGptObjectives, next_gpt.measure, next_gpt.texts, next_gpt.words
     ),

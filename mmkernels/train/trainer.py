@@ -85,11 +85,11 @@ class Trainer:
         return len(self.stages) - 1
 
     def _enter(self, index: int) -> None:
-        """Freezes what the stage freezes and gives it an optimizer of its own."""
+        """Makes the model what the stage trains and gives it an optimizer of its own."""
         self.index = index
         self.stage: Stage = self.stages[index][0]
         self.start = sum(steps for _, steps in self.stages[:index])
-        self.stage.freeze(self.model)
+        self.model.enter(self.stage)
         self.optimizer = torch.optim.AdamW(
             self.objectives.parameters(self.stage), lr=self.stage.learning_rate, betas=self.stage.betas
         )
@@ -167,8 +167,8 @@ class Trainer:
         self.step = state["step"]
         self._enter(self.stage_at(self.step - 1))  # the optimizer is that of the step before
         weights.load(self.model, folder / checkpoint.MODEL)
-        head = {k: tensors.pop(f"head.{k}") for k in ("weight", "bias")}
-        self.objectives.head.load_state_dict(head)
+        head = self.objectives.head
+        head.load_state_dict({k: tensors.pop(f"head.{k}") for k in head.state_dict()})
         torch.set_rng_state(tensors.pop("generator"))
         checkpoint.restore_optimizer(self.optimizer, self._names(), tensors)
         self._compare(state["environment"])

@@ -204,6 +204,10 @@ def test_pictures_that_cannot_be_captioned(refused, trained, picture, tmp_path):
     assert "2 <image> for 1 pictures" in generate("--image", picture, "--prompt", "<image><image>")
     assert "model: got 'blip2-tiny' for" in generate("--image", picture, "--model", "blip2-tiny")
     assert "pictures: got 7, expected 1 to 6" in generate(*["--image", picture] * 7)
+    assert "stream: got it beside beams" in generate("--image", picture, "--stream", "--beams", 2)
+    assert "beams: got 2 beside a temperature" in generate(
+        "--image", picture, "--beams", 2, "--temperature", 1
+    )
     assert "max_new_tokens: got 0" in generate("--image", picture, "--max-new-tokens", 0)
 
 

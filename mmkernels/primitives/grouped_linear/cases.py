@@ -156,7 +156,10 @@ TESTS = (
         "everything", F32, BF16, F16, bias=True, activation="gelu", row_scale=True, residual="same", lora=3
     ),
     _test("top-2", F32, BF16, F16, top=2, split="mixed", row_scale=True),
-    *(_test(name, activation=name, row_scale=True) for name in ("gelu", "silu", "quick_gelu", "swiglu")),
+    *(
+        _test(name, activation=name, row_scale=True)
+        for name in ("gelu", "gelu_tanh", "silu", "quick_gelu", "swiglu")
+    ),
     _test("in-order", moved=False, split="one", groups=1),
     _test("in-order-bias", moved=False, split="sparse", groups=4, rows=4, bias=True, residual="same"),
     _test("tail-of-no-group", split="uneven", rows=29, bias=True, residual="wide"),

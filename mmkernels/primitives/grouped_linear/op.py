@@ -12,7 +12,7 @@ from mmkernels.primitives import _check
 from mmkernels.primitives._op import Op
 from mmkernels.primitives.grouped_linear import reference
 
-ACTIVATIONS = (None, "gelu", "silu", "quick_gelu", "swiglu")
+ACTIVATIONS = (None, "gelu", "gelu_tanh", "silu", "quick_gelu", "swiglu")
 
 _INPUTS = (
     "Tensor x, Tensor weight, Tensor counts, Tensor? gather, Tensor? scatter, Tensor? bias, Tensor? row_scale, "
@@ -138,8 +138,8 @@ def grouped_linear(
 
     **Shapes** x `[R, C]`; weight `[E, N, C]`, or `[1, N, C]` shared by all groups; counts `[E]`; gather, scatter, row_scale
     `[M]`, M = R without gather; bias `[E, N]`, `[1, N]` with a shared weight; `lora = (a [S, K, C], b [S, N, K], counts [S])`,
-    segments of the same M rows; out and residual `[rows, N]`, `rows` being M by default. activation None, "gelu" (erf), "silu",
-    "quick_gelu", or "swiglu": weight, bias and b then are [gate; up] and out is `[rows, N / 2]`.
+    segments of the same M rows; out and residual `[rows, N]`, `rows` being M by default. activation None, "gelu" (erf),
+    "gelu_tanh", "silu", "quick_gelu", or "swiglu": weight, bias and b then are [gate; up] and out is `[rows, N / 2]`.
     **Dtypes** float32, bfloat16, float16, float64, one for x, weight, bias, a, b; row_scale has its own; residual x's or
     float32, and out has residual's. counts, gather, scatter int32. Sums in float32. Under autocast x, weight, bias, a, b take
     its dtype.

@@ -74,6 +74,8 @@ def activate(h: Tensor, activation: str) -> Tensor:
         return F.silu(gate) * up
     if activation == "gelu":
         return F.gelu(h)
+    if activation == "gelu_tanh":
+        return F.gelu(h, approximate="tanh")
     if activation == "silu":
         return F.silu(h)
     return h * torch.sigmoid(1.702 * h) if activation == "quick_gelu" else h
@@ -87,6 +89,8 @@ def activate_backward(da: Tensor, h: Tensor, activation: str) -> Tensor:
     if activation == "gelu":
         pdf = torch.exp(-0.5 * h * h) / math.sqrt(2 * math.pi)
         return da * (0.5 * (1 + torch.erf(h / math.sqrt(2))) + h * pdf)
+    if activation == "gelu_tanh":
+        return torch.ops.aten.gelu_backward(da, h, approximate="tanh")
     if activation in ("silu", "quick_gelu"):
         slope = 1.0 if activation == "silu" else 1.702
         s = torch.sigmoid(slope * h)

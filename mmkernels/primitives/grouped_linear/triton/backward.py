@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mmkernels.primitives.grouped_linear.triton.product import activate, places, sigmoid
+from mmkernels.primitives.grouped_linear.triton.product import activate, places, sigmoid, twice_inner
 
 
 @triton.jit
@@ -14,6 +14,9 @@ def slopes(h, up, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476))
         return cdf + h * tl.exp(-0.5 * h * h) * 0.3989422804014327, up
+    if ACTIVATION == "gelu_tanh":
+        s = sigmoid(twice_inner(h))
+        return s + h * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * h * h), up
     if ACTIVATION == "silu":
         s = sigmoid(h)
         return s * (1.0 + h * (1.0 - s)), up

@@ -36,9 +36,17 @@ def sigmoid(x):
 
 
 @triton.jit
+def twice_inner(h):
+    """gelu_tanh is h sigmoid of this."""
+    return 1.5957691216057308 * h * (1.0 + 0.044715 * h * h)
+
+
+@triton.jit
 def activate(h, up, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":
         return h * 0.5 * (1.0 + tl.erf(h * 0.7071067811865476))
+    if ACTIVATION == "gelu_tanh":
+        return h * sigmoid(twice_inner(h))
     if ACTIVATION == "silu":
         return h * sigmoid(h)
     if ACTIVATION == "quick_gelu":
