@@ -43,7 +43,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--audio", type=Path, help="next_gpt: a sound, WAV of 16 bits, one channel, 4 kHz")
     parser.add_argument("--make", type=Path, help="next_gpt: the folder for what the answer asks for")
     parser.add_argument(
-        "--seed", type=int, default=0, help="next_gpt: of what is made (default: %(default)s)"
+        "--seed", type=int, default=0, help="of draws, and of what next_gpt makes (default: %(default)s)"
     )
     parser.add_argument(
         "--prompt", default="", help="words to continue; <image> says where each picture stands"
@@ -51,6 +51,13 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--max-new-tokens", type=int, default=32, help="longest answer (default: %(default)s)"
     )
+    _add_decoding(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object, with the rate of tokens")
+    parser.set_defaults(run=run)
+
+
+def _add_decoding(parser: argparse.ArgumentParser) -> None:
+    """How tokens are chosen, and whether they are shown at once."""
     parser.add_argument(
         "--beams", type=int, default=1, help="search with so many (default: %(default)s, greedy)"
     )
@@ -64,10 +71,7 @@ def add(subparsers: Any) -> None:
         "--temperature", type=float, default=0.0, help="above 0: draw tokens (default: greedy)"
     )
     parser.add_argument("--top-p", type=float, help="draw from the fewest tokens of this probability")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
     parser.add_argument("--stream", action="store_true", help="print words as they are written")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, with the rate of tokens")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:

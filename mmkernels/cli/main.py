@@ -12,6 +12,7 @@ COMMANDS = {
     "generate": "caption pictures with a trained checkpoint",
     "models": "list the models and presets",
     "convert": "turn an authors' .pt or .bin file into safetensors",
+    "plan": "predict step time, tokens a second, memory and traffic of training",
     "bench": "time every op against what users can write today",
     "doctor": "what this installation can do, and why not more",
 }

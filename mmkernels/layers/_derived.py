@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from mmkernels.primitives import _autocast
+
 _steps = [
     0
 ]  # how many optimizer steps this process has taken: fused optimizers leave no trace in a tensor's version
@@ -44,8 +46,7 @@ class Derived:
             self.forget()
             return compute()
         _count_steps()
-        device = parameters[0].device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        autocast = _autocast.dtype(parameters[0].device.type)
         key = (_steps[0], autocast, *((p.data_ptr(), p._version) for p in parameters))
         kept = self._kept
         if kept is not None and kept[0] == key:

@@ -17,7 +17,7 @@ from mmkernels.ops.gated_cross_attention import (
     media_intervals,
 )
 from mmkernels.ops.gated_cross_attention.feed_forward import ACTIVATIONS
-from mmkernels.primitives import _check
+from mmkernels.primitives import _autocast, _check
 from mmkernels.primitives.interval_attention import interval_attention
 
 KeysValues = tuple[Tensor, Tensor]
@@ -179,7 +179,7 @@ def _bias(norm: nn.LayerNorm | nn.RMSNorm) -> Tensor | None:
 
 def _widen(x: Tensor, weight: Tensor) -> Tensor:
     """Under autocast the residual stream of a frozen half-precision model meets float32 blocks."""
-    if not torch.is_autocast_enabled(x.device.type):
+    if _autocast.dtype(x.device.type) is None:
         raise TypeError(
             f"x: got {x.dtype}, expected {weight.dtype} like the block's parameters (or torch.autocast)"
         )

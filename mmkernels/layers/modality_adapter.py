@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmkernels.layers._derived import Derived
 from mmkernels.layers._published import Rule, Table
-from mmkernels.primitives import _check
+from mmkernels.primitives import _autocast, _check
 
 DROPOUT = 0.1
 
@@ -96,7 +96,7 @@ class ModalityAdapter(nn.Module):
             index = at.long()[:, None, None].expand(-1, 1, self.width)
             x = x.gather(1, index)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with _autocast.off(x.device.type):
             logits = F.linear(x[:, 0].to(dtype), self.router.weight.to(dtype), self.router.bias.to(dtype))
         weights = (logits / self.temperature).softmax(-1)
         return weights if self.router_dtype is None else weights.to(self.router_dtype)
@@ -116,7 +116,7 @@ class ModalityAdapter(nn.Module):
         w = self.scale * self._of_rows(w, x).to(torch.promote_types(x.dtype, torch.float32))
         mixed = (w.unsqueeze(-1) * a.unsqueeze(-2)).flatten(-2)  # [w_0 a, w_1 a]
         rows = torch.cat([mixed, w.expand(*a.shape[:2], 2)], dim=-1).to(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):  # x is not to be rounded
+        with _autocast.off(x.device.type):  # x is not to be rounded
             return torch.addmm(x.flatten(0, 1), rows.flatten(0, 1), up).view(x.shape)
 
     def _of_rows(self, w: Tensor, x: Tensor) -> Tensor:

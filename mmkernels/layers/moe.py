@@ -17,7 +17,7 @@ from mmkernels.layers.mlp import ACTIVATIONS, GATED, MLP
 from mmkernels.layers.moe_tables import SOURCES, experts_table, experts_within
 from mmkernels.ops.moe import Routing, moe_capacity, moe_route
 from mmkernels.ops.moe.route import POLICIES
-from mmkernels.primitives import _check
+from mmkernels.primitives import _autocast, _check
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Router(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with _autocast.off(x.device.type):
             return F.linear(x.to(wide), self.weight.to(wide))
 
 

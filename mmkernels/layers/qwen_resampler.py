@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mmkernels.layers._derived import Derived
 from mmkernels.layers._published import Rule, Table, renames
 from mmkernels.layers.positions import check_grid, interpolate_positions, sincos_positions
-from mmkernels.primitives import _check
+from mmkernels.primitives import _autocast, _check
 from mmkernels.primitives.interval_attention import interval_attention
 
 _EPS = 1e-6
@@ -111,7 +111,7 @@ class QwenResampler(nn.Module):
 
     def _check(self, x: Tensor) -> torch.Size:
         _check.shapes(x=(x, f"B M {self.media_width}"))
-        if not torch.is_autocast_enabled(x.device.type):
+        if _autocast.dtype(x.device.type) is None:
             _check.dtypes((self.query.dtype,), x=x)
         return x.shape
 
@@ -184,7 +184,7 @@ def _run_attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor) -> T
 
 def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """`softmax(q k^T / sqrt(D)) v` of `[B, H, rows, D]` with any mask, in float32 at least; a row without keys gives 0."""
-    with torch.autocast(q.device.type, enabled=False):
+    with _autocast.off(q.device.type):
         wide = torch.promote_types(v.dtype, torch.float32)
         seen = _seen(mask)
         scores = q.to(wide) @ k.to(wide).transpose(2, 3) * q.shape[-1] ** -0.5

@@ -11,7 +11,7 @@ from mmkernels.layers.expert_linear import Expert, ExpertLinear, Shared, check_t
 from mmkernels.layers.norm import make_norm
 from mmkernels.layers.visual_expert_tables import attention_table, block_table, mlp_table
 from mmkernels.ops.visual_expert import causal_runs, expert_mlp, expert_qkv
-from mmkernels.primitives import _check
+from mmkernels.primitives import _autocast, _check
 from mmkernels.primitives.interval_attention import interval_attention
 from mmkernels.primitives.routing import Groups
 
@@ -78,11 +78,11 @@ class VisualExpertAttention(Expert):
 
     def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The table in the dtype that q and k will have."""
-        own, device = self.qkv.text.weight.dtype, positions.device.type
+        own = self.qkv.text.weight.dtype
         dtype = own if self.table_mode == "model_dtype" else torch.promote_types(own, torch.float32)
         cos, sin = rotary_table(positions, self.head_dim, self.rotary_base, dtype)
-        if torch.is_autocast_enabled(device) and own != torch.float64:
-            own = torch.get_autocast_dtype(device)
+        if own != torch.float64:
+            own = _autocast.dtype(positions.device.type) or own
         return cos.to(own), sin.to(own)
 
     def _intervals(self, x: Tensor, key_mask: Tensor | None, cache: Cache | None) -> tuple[Tensor, Tensor]:

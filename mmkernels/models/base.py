@@ -166,7 +166,7 @@ class MultimodalModel(nn.Module):
         loss = None if labels is None else next_token_loss(logits, labels)
         record = getattr(seen, "routings", None)
         routings = () if record is None else record.kept
-        aux = sum(routing.aux_loss for routing in routings) if routings else None
+        aux = torch.stack([routing.aux_loss for routing in routings]).sum() if routings else None
         if loss is not None and aux is not None:
             loss = loss + self.balance * aux
         return Output(logits, loss, cache, aux, routings, x)

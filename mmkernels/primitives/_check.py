@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from mmkernels.primitives import _autocast
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -90,7 +92,7 @@ def intervals(lo: Tensor, hi: Tensor, keys: int) -> None:
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under `torch.autocast` floating tensors take its dtype, as a library product's operands would; else unchanged."""
     device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
+    dtype = _autocast.dtype(device)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in tensors)
