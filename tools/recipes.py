@@ -9,13 +9,14 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
+from mmkernels import models
 from mmkernels.infer import Captioner
-from mmkernels.train import Run, train
-from mmkernels.train.log import read
+from mmkernels.train import Run, Trainer
 from mmkernels.train.recipes import RECIPES, Recipe
 
 TABLE = Path(__file__).parents[1] / "docs" / "recipes-measured.md"
@@ -60,17 +61,21 @@ def main() -> None:
 
 def _run(recipe: Recipe, steps: int, batch: int) -> str:
     """The last three columns of a row."""
+    run = Run(model=recipe.tiny, steps=steps, batch=batch)
     with tempfile.TemporaryDirectory() as folder:
-        out, begun = Path(folder) / "run", time.perf_counter()
-        train(Run(model=recipe.tiny, steps=steps, batch=batch), out)
+        begun = time.perf_counter()
+        trainer = Trainer(run, Path(folder) / "run")
+        records = [trainer.take_step() for _ in range(run.total())]
         seconds = time.perf_counter() - begun
-        records = read(out)
-        losses = []
-        for stage in dict.fromkeys(record["stage"] for record in records):
-            own = [record["loss"] for record in records if record["stage"] == stage]
-            losses.append(f"{stage} {own[0]:.2f} → {own[-1]:.2f}")
-        captioner = Captioner.from_checkpoint(out)
-        written = captioner.caption([Image.new("RGB", (48, 48), "navy")], "what is shown?", max_new_tokens=8)
+    losses = []
+    for stage in dict.fromkeys(record["stage"] for record in records):
+        own = [record["loss"] for record in records if record["stage"] == stage]
+        losses.append(f"{stage} {own[0]:.2f} → {own[-1]:.2f}")
+    config: Any = models.config(recipe.tiny)
+    captioner = Captioner(
+        trainer.model, trainer.tokenizer, config.vision.image_size if hasattr(config, "vision") else 0
+    )
+    written = captioner.caption([Image.new("RGB", (48, 48), "navy")], "what is shown?", max_new_tokens=8)
     shown = " ".join(written.split()).replace("|", "\\|")
     return f"{'; '.join(losses)} | {seconds:.0f} | {shown!r}"
 

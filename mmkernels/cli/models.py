@@ -84,7 +84,8 @@ def _print_recipe(found: dict[str, Any], as_json: bool) -> int:
 
 
 def _describe(name: str) -> dict[str, Any]:
-    config, model = models.config(name), models.build(name, device="meta", dtype=torch.bfloat16)
+    config: Any = models.config(name)
+    model = models.build(name, device="meta", dtype=torch.bfloat16)
     return {
         "name": name,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
