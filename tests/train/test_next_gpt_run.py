@@ -111,7 +111,7 @@ def test_what_a_stage_may_not_name_and_too_many_texts_are_refused(setting):
 
 
 def test_what_is_made_is_judged_by_the_encoder(setting, monkeypatch):
-    """Real inputs in the makers' place are recognised, by encoders that have hardly learned, far more often than by chance (0.05, for sounds 0.2)."""
+    """Real inputs in the makers' place are recognised, by encoders that have hardly learned, above chance (0.05, 0.2)."""
     model, drawn = setting
     calls = []
 
