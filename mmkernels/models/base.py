@@ -14,6 +14,7 @@ from mmkernels.layers.attention import KVCache
 from mmkernels.layers.decoder import Decoder
 from mmkernels.models.decoding import Decoding
 from mmkernels.models.packing import PackedPrompts
+from mmkernels.models.recompute import again
 from mmkernels.models.stages import Stage
 from mmkernels.primitives import _check
 
@@ -72,6 +73,7 @@ class MultimodalModel(nn.Module):
 
     lm: Decoder
     tokens: Tokens
+    recompute = False  # set it to keep less for the backward pass; see `models.recompute`
     packs = True  # prompts of unequal length run without their padding: blocks know nothing of a row but what it sees
     balance = 0.01  # what the balancing losses of experts weigh
 
@@ -165,18 +167,24 @@ class MultimodalModel(nn.Module):
         logits = self.lm.logits(x)
         loss = None if labels is None else next_token_loss(logits, labels)
         record = getattr(seen, "routings", None)
-        routings = () if record is None else record.kept
+        routings = () if record is None else tuple(record.kept)
         aux = torch.stack([routing.aux_loss for routing in routings]).sum() if routings else None
         if loss is not None and aux is not None:
             loss = loss + self.balance * aux
         return Output(logits, loss, cache, aux, routings, x)
 
     def _blocks(self, x: Tensor, seen: Any, cache: KVCache | PackedPrompts | None, condition: Any) -> Tensor:
+        run = again(self._around_block) if self.recompute and torch.is_grad_enabled() else self._around_block
         for index in range(len(self.lm.blocks)):
-            x = self.before_block(index, x, condition)
-            x = self.block(index, x, seen, cache)  # type: ignore[arg-type]  # layers append to either
-            x = self.after_block(index, x, condition)
+            x = run(index, x, seen, cache, condition)
         return x
+
+    def _around_block(
+        self, index: int, x: Tensor, seen: Any, cache: KVCache | PackedPrompts | None, condition: Any
+    ) -> Tensor:
+        x = self.before_block(index, x, condition)
+        x = self.block(index, x, seen, cache)  # type: ignore[arg-type]  # layers append to either
+        return self.after_block(index, x, condition)
 
     def keep_reachable(self, x: Tensor, parts: Sequence[nn.Module], side: int) -> Tensor:
         """In training a batch without images reads a black one, times 0: every rank's graph has the same parameters."""
