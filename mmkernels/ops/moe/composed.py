@@ -22,7 +22,7 @@ from mmkernels.primitives.grouped_linear.reference import activate, activate_bac
 from mmkernels.primitives.grouped_linear.rows import Piece, Rows, parts, pieces, place, plan
 
 CHUNK = 2048  # rows that go through an expert at once
-EPILOGUE = 64  # rows
+EPILOGUE = 1 << 17  # numbers of h that are activated at once: they stay in cache
 
 COMBINE = "moe_combine__cpu"
 LIBRARY.define(f"{COMBINE}(Tensor y, Tensor? weights, Tensor inverse, int rows, Tensor(a!) out) -> ()")
@@ -70,6 +70,18 @@ def _product(a: Tensor, w: Weights, rows: Rows, piece: Piece, out: Tensor) -> No
             out[own] += w.bias[group]
 
 
+def _activate(p: Tensor, activation: str, out: Tensor) -> None:
+    """out = activation(p), without a tensor between where out is as wide."""
+    if out.dtype != p.dtype or activation not in ("swiglu", "gelu", "gelu_tanh"):
+        out.copy_(activate(p, activation))
+    elif activation == "swiglu":
+        gate, up = p.chunk(2, dim=-1)
+        torch.ops.aten.silu.out(gate, out=out)
+        out.mul_(up)
+    else:
+        torch.ops.aten.gelu.out(p, approximate="tanh" if activation == "gelu_tanh" else "none", out=out)
+
+
 def _widest(rows: Rows, few: int) -> int:
     return max((piece.stop - piece.start for piece in pieces(rows, few, CHUNK)), default=0)
 
@@ -97,6 +109,7 @@ def forward(
     h = (torch.empty if rows.used == m else torch.zeros)((m if keep else 0, w_in.shape[1]), dtype=x.dtype)
     y = (torch.empty if rows.at is None else torch.zeros)((m, w_out.shape[1]), dtype=wide)
     first, second = Weights(w_in, b_in), Weights(w_out, b_out)
+    step = max(32, EPILOGUE // max(w_in.shape[1], 1))
     for piece in pieces(rows, few, CHUNK):
         n, at = piece.stop - piece.start, place(rows.at, piece.start, piece.stop)
         inner = x.dtype if piece.group < 0 else dtype
@@ -106,8 +119,8 @@ def forward(
         if keep and target.data_ptr() == p.data_ptr():
             linear.put(h, at, target)
         middle = a[:n] if inner == dtype else x.new_empty((n, f))
-        for low in range(0, n, EPILOGUE):
-            middle[low : low + EPILOGUE] = activate(target[low : low + EPILOGUE], activation)
+        for low in range(0, n, step):
+            _activate(target[low : low + step], activation, middle[low : low + step])
         if isinstance(at, slice):
             _product(middle, second, rows, piece, y[at])
         else:
