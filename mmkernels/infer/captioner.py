@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ class Captioner:
             raise ValueError(f"{folder / 'run.json'}: damaged, it names no model")
         if model is not None and model != name:
             raise ValueError(f"model: got {model!r} for {folder}, expected {name!r}, which was trained there")
-        built, config = models.build(name), models.config(name)
+        built, config = models.build(name), cast(Any, models.config(name))
         stage = _stage(folder, config)
         built.enter(stage)
         weights.load(built, folder / "model.safetensors")
