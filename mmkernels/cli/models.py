@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmkernels import models
+from mmkernels.cli import compute
 from mmkernels.layers import T5Config
 
 
@@ -22,10 +23,15 @@ def add(subparsers: Any) -> None:
         epilog="example: mmkernels models --json",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--compute", action="store_true", help="what a picture costs LLaVA-1.5 and LLaVA-UHD instead"
+    )
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.compute:
+        return _compute(options)
     found = [_describe(name) for name in models.list()]
     if options.json:
         print(json.dumps({"models": found}))
@@ -35,6 +41,31 @@ def run(options: argparse.Namespace) -> int:
         parameters = f"{row['parameters'] / 1e6:,.1f} M"
         numbers = (str(row[key]) for key in ("image_size", "layers", "width"))
         table.add_row(row["name"], parameters, *numbers, ", ".join(row["stages"]))
+    Console().print(table)
+    return 0
+
+
+def _compute(options: argparse.Namespace) -> int:
+    rows = compute.table()
+    if options.json:
+        print(json.dumps({"compute": rows}))
+        return 0
+    table = Table(
+        "model",
+        "image",
+        "views",
+        "visual tokens",
+        "a view",
+        "tower",
+        "connector",
+        "language",
+        "TFLOPs",
+        "share",
+    )
+    for row in rows:
+        counts = (str(row[key]) for key in ("views", "visual_tokens", "tokens_per_view"))
+        work = (f"{row[key] / 1e12:.2f}" for key in ("tower", "connector", "language", "flops"))
+        table.add_row(row["name"], row["image"], *counts, *work, f"{row['share']:.1%}")
     Console().print(table)
     return 0
 
