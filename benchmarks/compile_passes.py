@@ -20,13 +20,23 @@ EXPERT = "visual expert"  # the width is a head's
 SHAPES += [(dtype, 128, EXPERT) for dtype in (torch.bfloat16, torch.float32)]
 FRONT_END = "front end"  # the width is a patch's side
 SHAPES += [(dtype, 14, FRONT_END) for dtype in (torch.bfloat16, torch.float32)]
+SLICES = "packed slices"  # the width is a head's
+SHAPES += [(torch.bfloat16, 64, SLICES), (torch.bfloat16, 104, SLICES), (torch.float32, 64, SLICES)]
+MOE = "mixture of experts"  # the width is the number of experts
+SHAPES += [(torch.bfloat16, experts, MOE) for experts in (4, 512)] + [(torch.float32, 128, MOE)]
 
 Passes = tuple[list[Any], list[Callable[[], None]]]  # modules that hold kernels, and what launches these
 
 
 def passes_of(dtype: torch.dtype, width: int, rules: str) -> Passes:
     """The passes of one entry of SHAPES."""
-    named = {EXPERT: _expert, FRONT_END: _front_end, **dict.fromkeys(GROUPED, _grouped)}
+    named = {
+        EXPERT: _expert,
+        FRONT_END: _front_end,
+        SLICES: _slices,
+        MOE: _moe,
+        **dict.fromkeys(GROUPED, _grouped),
+    }
     return named.get(rules, _attention)(dtype, width, rules)
 
 
@@ -117,3 +127,54 @@ def _front_end(dtype: torch.dtype, width: int, rules: str) -> Passes:
         front._on_device(picture, todo, torch.empty(rows, 3 * width * width, dtype=dtype))
 
     return [kernels], [partial(one, rule) for rule in ("monkey", "llava_uhd", "fuyu")]
+
+
+def _slices(dtype: torch.dtype, width: int, rules: str) -> Passes:
+    """Attention, and for one width the rows around it: a window's update, splicing."""
+    from mmkernels.ops.sliced_image.triton import kernels, launch, launch_rows, rows
+
+    passes = [partial(_slices_pass, launch, dtype, width)]
+    if width != 64:
+        return [kernels], passes  # type: ignore[return-value]
+    return [kernels, rows], [*passes, partial(_rows_pass, launch_rows, dtype)]  # type: ignore[return-value]
+
+
+def _slices_pass(launch: Any, dtype: torch.dtype, width: int) -> None:
+    q, offsets = torch.empty(1024, 8, width, dtype=dtype), torch.tensor([0, 1024], dtype=torch.int32)
+    out, lse = launch.forward(q, q, q, offsets, 0.125)
+    launch.backward(out, q, q, q, out, lse, offsets, 0.125)
+
+
+def _rows_pass(launch: Any, dtype: torch.dtype) -> None:
+    x, a = torch.empty(1024, 1664, dtype=dtype), torch.empty(4, 16, 1664, dtype=dtype)
+    b, index = a.transpose(1, 2).contiguous(), torch.zeros(1024, dtype=torch.int64)
+    out, t = launch.lora(x, x, a, b, index)
+    launch.lora_backward(out, x, a, b, index, t, [True] * 3)
+    launch.splice_backward(launch.splice(x, x, x[:1], index), x, x, x[:1], index, [True] * 3)
+
+
+def _moe(dtype: torch.dtype, width: int, rules: str) -> Passes:
+    """Routers of both orders of arrival and every way to weigh; the sum; the products are grouped_linear's."""
+    from mmkernels.ops.moe.triton import kernels, launch
+
+    passes = [
+        partial(_route_pass, launch, width, *rest)
+        for rest in (("dropless", "before", 2), ("deepspeed_top2", "after", 2), ("topk_capacity", "", 8))
+        if rest[2] <= width
+    ]
+    return [kernels], [*passes, partial(_sum_pass, launch, dtype)]
+
+
+def _route_pass(launch: Any, experts: int, policy: str, renormalize: str, k: int) -> None:
+    logits, mask = torch.zeros(4096, experts), torch.ones(4096, dtype=torch.bool)
+    noise = logits if policy == "deepspeed_top2" else None
+    capacity = -1 if policy == "dropless" else 100
+    found = launch.route(logits, noise, mask, k, capacity, policy, renormalize, "mixtral")
+    weights, ids, _, inverse, _, _, aux, z = found
+    launch.route_backward(weights, aux, z, logits, mask, ids, inverse, policy, renormalize, "mixtral")
+
+
+def _sum_pass(launch: Any, dtype: torch.dtype) -> None:
+    y, inverse = torch.empty(512, 1024, dtype=dtype), torch.zeros(512, dtype=torch.int32)
+    launch.combine(y, y[:, :2].float()[:256], inverse, torch.empty(256, 1024, dtype=dtype))
+    launch.combine(y, None, inverse, torch.empty(256, 1024, dtype=dtype))
