@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmkernels import models
+from mmkernels.cli import compute
 from mmkernels.layers import T5Config
 from mmkernels.train.recipes import RECIPES
 
@@ -25,10 +27,15 @@ def add(subparsers: Any) -> None:
     )
     parser.add_argument("--recipe", choices=RECIPES, help="print one published system's whole recipe instead")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--compute", action="store_true", help="what a picture costs LLaVA-1.5 and LLaVA-UHD instead"
+    )
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.compute:
+        return _compute(options)
     if options.recipe is not None:
         return _print_recipe(RECIPES[options.recipe].describe(), options.json)
     found = [_describe(name) for name in models.list()]
@@ -80,6 +87,31 @@ def _print_recipe(found: dict[str, Any], as_json: bool) -> int:
             cap = f", at most {mix['cap']:,} a source" if mix["cap"] else ""
             print(f"  {'data':14} {mix['sets']} by {mix['by']}{cap}")
     print(f"stands     {', '.join(found['stands']) or 'not yet'}")
+    return 0
+
+
+def _compute(options: argparse.Namespace) -> int:
+    rows = compute.table()
+    if options.json:
+        print(json.dumps({"compute": rows}))
+        return 0
+    table = Table(
+        "model",
+        "image",
+        "views",
+        "visual tokens",
+        "a view",
+        "tower",
+        "connector",
+        "language",
+        "TFLOPs",
+        "share",
+    )
+    for row in rows:
+        counts = (str(row[key]) for key in ("views", "visual_tokens", "tokens_per_view"))
+        work = (f"{row[key] / 1e12:.2f}" for key in ("tower", "connector", "language", "flops"))
+        table.add_row(row["name"], row["image"], *counts, *work, f"{row['share']:.1%}")
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
     return 0
 
 
