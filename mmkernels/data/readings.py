@@ -100,7 +100,7 @@ class Readings(Sequences):
     def at(self, size: int) -> Readings:
         """The same with views of another size."""
         sight = replace(self.sight, size=size)
-        return Readings(self._photographs, self.tokenizer, sight, ask=self.ask, seed=self.seed)
+        return type(self)(self._photographs, self.tokenizer, sight, ask=self.ask, seed=self.seed)
 
     def pairs(self, number: int, batch: int) -> ReadingBatch:
         """Pictures and what is said of them, nothing asked."""
@@ -225,3 +225,12 @@ def texts(dataset: Dataset, prompts: Sequence[str]) -> list[str]:
     """What is said of pictures, for a tokenizer: captions and digits, as answers, and what is written around questions."""
     digits = [f" {pages.written((n, n))}" for n in range(10)]
     return [*dataset.captions, *(f" {caption}" for caption in dataset.captions), *digits, *prompts]
+
+
+class Photographs(Readings):
+    """The same without pages: a single small view cannot read them."""
+
+    def _rows(
+        self, rng: np.random.Generator, batch: int, *, held_out: bool = False, full: bool = False
+    ) -> list[_Row]:
+        return [self._photograph(rng, held_out=held_out) for _ in range(batch)]

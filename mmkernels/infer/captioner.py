@@ -15,14 +15,16 @@ from mmkernels import models
 from mmkernels.data import Tokenizer, images, store
 from mmkernels.data.dialogues import QUESTION
 from mmkernels.data.frames import MAX_FRAMES
+from mmkernels.data.looks import look
 from mmkernels.data.pairs import INSTRUCTIONS
 from mmkernels.data.readings import Sight
 from mmkernels.data.sequences import MAX_IMAGES
 from mmkernels.data.tokenizer import IMAGE
-from mmkernels.models import CogVLM, Lavin, LlamaVid, Llava, MoeLlava, MultimodalModel, QwenVL, Stage, weights
+from mmkernels.models import CogVLM, Lavin, LlamaVid, Llava, Monkey, MultimodalModel, QwenVL, Stage, weights
 from mmkernels.models.llava_text import ask
 from mmkernels.models.qformer import Instruction
 from mmkernels.models.qwen_text import chat_prompt
+from mmkernels.models.spliced import Spliced
 
 Picture = str | Path | Image.Image
 
@@ -51,7 +53,8 @@ class Captioner:
         built.enter(stage)
         weights.load(built, folder / "model.safetensors")
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
-        return cls(built.to(device), tokenizer, stage.image_size or config.vision.image_size)
+        vision = getattr(config, "vision", None)  # Fuyu has none, and takes pictures as they are
+        return cls(built.to(device), tokenizer, stage.image_size or (vision.image_size if vision else 0))
 
     def caption(
         self,
@@ -74,6 +77,8 @@ class Captioner:
         """
         device = next(self.model.parameters()).device
         count, frames = (1, self._frames(len(pictures))) if video else (len(pictures), 1)
+        if isinstance(self.model, Monkey | Spliced):
+            return self._read(self.model, pictures, prompt, max_new_tokens=max_new_tokens, **decoding)
         ids = torch.tensor([self._ids(count, prompt)], device=device)
         if isinstance(self.model, Llava):
             return self._answer(self.model, pictures, ids, max_new_tokens=max_new_tokens, **decoding)
@@ -82,6 +87,18 @@ class Captioner:
         pixels = pixels.unsqueeze(1) if video and pixels is not None else pixels
         told: dict[str, Any] = self._instruction(prompt, count)
         answer = self.model.generate(pixels, places, mask, max_new_tokens=max_new_tokens, **told, **decoding)
+        return self.tokenizer.decode(answer[0].tolist()).strip()
+
+    def _read(self, model: Any, pictures: Sequence[Picture], prompt: str, **decoding: Any) -> str:
+        """Continues a question about pictures of any size, which the model's own plan cuts."""
+        text, device = self._text(len(pictures), prompt), next(model.parameters()).device
+        if IMAGE in prompt:
+            asked = self.tokenizer.encode(text)
+        else:
+            asked = model.opening(self.tokenizer.encode(prompt.strip() or QUESTION), len(pictures))
+        looked = [look(picture, **model.config.look) for picture in _opened(pictures)]
+        made, media = model.told(looked, torch.tensor([asked], device=device))
+        answer = model.generate(None, made.ids, made.mask, media=media, **decoding)
         return self.tokenizer.decode(answer[0].tolist()).strip()
 
     def _answer(self, model: Llava, pictures: Sequence[Picture], ids: Tensor, **decoding: Any) -> str:
@@ -96,7 +113,7 @@ class Captioner:
         return self.tokenizer.decode(answer[0].tolist()).strip()
 
     def _frames(self, frames: int) -> int:
-        if isinstance(self.model, CogVLM | Lavin | Llava | MoeLlava | QwenVL):
+        if isinstance(self.model, CogVLM | Lavin | Llava | QwenVL | Spliced):
             raise ValueError("video: got one for a model of pictures, expected pictures")
         if not 1 <= frames <= MAX_FRAMES:
             raise ValueError(f"video: got {frames} frames, expected 1 to {MAX_FRAMES}")

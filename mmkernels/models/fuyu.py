@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,11 @@ class FuyuConfig:
     begin: int
     answer: int
     stages: tuple[Stage, ...]
+
+    @property
+    def look(self) -> dict[str, Any]:
+        """How pictures are cut: arguments of `data.looks.look`."""
+        return {"rule": "fuyu", "options": {"canvas": self.canvas, "patch": self.patch}, "pixels": "raw"}
 
 
 def patchify(images: Tensor, patch: int = 30) -> Tensor:
@@ -127,6 +133,13 @@ class Fuyu(Spliced):
         if not rows:
             return weight.new_zeros(0, weight.shape[0])
         return self.patches(torch.cat(rows))
+
+    def opening(self, words: Sequence[int], pictures: int = 1) -> list[int]:
+        return [*super().opening((), pictures), self.config.begin, *words, self.config.answer]
+
+    def arrange(self, looked: Sequence[Any]) -> list[Tensor]:
+        device, patch = self.patches.weight.device, self.config.patch
+        return [to_picture(one.canvas.movedim(0, -1).to(torch.uint8), patch).to(device) for one in looked]
 
     def published(self, source: str) -> Table:
         """The released file, or one that newer versions of Hugging Face's library write."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from mmkernels.layers._published import Table
 from mmkernels.layers.decoder import Decoder, DecoderConfig
@@ -27,7 +29,8 @@ class LlavaUHDConfig:
 
     `vision.any_size` has to be set: slices have sizes of their own. `tokens.image` stands for one visual token; `comma` and
     `newline` are the words behind a slice and behind a row of them. A picture is cut into at most `max_slices`. `stages` are
-    the training recipe; the last one says what a freshly built model trains.
+    the training recipe, and those named in `single` show the whole picture alone; the last one says what a freshly built model
+    trains.
     """
 
     vision: VisionConfig
@@ -40,6 +43,20 @@ class LlavaUHDConfig:
     stages: tuple[Stage, ...]
     release: str = "original"
     max_slices: int | None = None
+    single: tuple[str, ...] = ()
+
+    @property
+    def look(self) -> dict[str, Any]:
+        """How pictures are cut: arguments of `data.looks.look`. The original release does not normalise pixels."""
+        options = {
+            "max_slices": self.max_slices, "scale": self.vision.image_size, "release": self.release,
+            "patch": self.vision.patch_size, "tokens_per_view": self.grid**2,
+        }  # fmt: skip
+        return {
+            "rule": "llava_uhd",
+            "options": options,
+            "pixels": "clip" if self.release == "eccv" else "unit",
+        }
 
 
 def pack_image(image: Tensor, patch: int = 14, grid: int = 24) -> Tensor:
@@ -79,7 +96,12 @@ class LlavaUHD(Spliced):
         self.vision = VisionTower(c.vision)
         self.resampler = SpatialResampler(c.grid, width, c.heads, c.vision.width, release=c.release)
         self.lm = Decoder(c.lm)
-        c.stages[-1].freeze(self)
+        self.enter(c.stages[-1])
+
+    def enter(self, stage: Stage) -> None:
+        """Trains what the stage trains, and is told of pictures as it is."""
+        super().enter(stage)
+        self.single = stage.name in self.config.single
 
     def sees(self) -> Sequence[nn.Module]:
         return self.vision, self.resampler
@@ -97,6 +119,12 @@ class LlavaUHD(Spliced):
         row = [*view, c.comma] * (columns - 1) + [*view, c.newline]
         return row * rows + view
 
+    def layout(self, one: Any) -> list[int]:
+        return self.run(1, 1) if self.single else super().layout(one)
+
+    def shown(self, one: Any) -> Sequence[Tensor]:
+        return one.views[-1:] if self.single else one.views
+
     def encode(self, images: Pictures) -> Tensor:  # type: ignore[override]
         """Slices `[S, 3, H, W]`, or a sequence of `[3, H, W]` of any sizes, one after another -> `[V, C]`.
 
@@ -109,15 +137,21 @@ class LlavaUHD(Spliced):
         return self.resampler(x.to(self.resampler.query.dtype), slice_hw).flatten(0, 1)
 
     def features(self, pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Slices -> the tower's tokens `[S, M, C]`, zeros behind each slice's own, and their grids `[S, 2]` on the host."""
+        """Slices -> the tower's tokens `[S, M, C]`, zeros behind each slice's own, and their grids `[S, 2]` on the host.
+
+        The tower reads all slices in one packed pass.
+        """
         patch = self.config.vision.patch_size
-        sizes = [(p.shape[-2] // patch, p.shape[-1] // patch) for p in pictures]
-        most, made = max(h * w for h, w in sizes), {}
-        for size in dict.fromkeys(sizes):
-            own = [n for n, other in enumerate(sizes) if other == size]
-            for n, row in zip(own, self.vision(torch.stack([pictures[n] for n in own])), strict=True):
-                made[n] = F.pad(row, (0, 0, 0, most - len(row)))
-        return torch.stack([made[n] for n in range(len(sizes))]), torch.tensor(sizes)
+        for picture in pictures:
+            size = _check.shapes(images=(picture, "3 H W"))
+            if 0 in (size["H"], size["W"]) or size["H"] % patch or size["W"] % patch:
+                raise ValueError(
+                    f"images: got {size['H']} x {size['W']} pixels, expected whole patches of {patch}"
+                )
+        slice_hw = torch.tensor([(p.shape[-2] // patch, p.shape[-1] // patch) for p in pictures])
+        rows = torch.cat([_patches(picture, patch) for picture in pictures])
+        packed = self.vision(rows, slice_hw.to(rows.device))
+        return pad_sequence(packed.split(slice_hw.prod(1).tolist()), batch_first=True), slice_hw
 
     def published(self, source: str) -> Table:
         """The authors' file; the tower, which they never train, may be missing."""
@@ -129,3 +163,9 @@ class LlavaUHD(Spliced):
             + joint
             + Table((), absent=(r"vision\..*",))
         )
+
+
+def _patches(picture: Tensor, patch: int) -> Tensor:
+    """`[3, H, W]` -> `[P, 3 patch^2]`, row by row, channels outermost inside a patch."""
+    cut = picture.unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch))
+    return cut.permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)

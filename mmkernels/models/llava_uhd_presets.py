@@ -14,7 +14,7 @@ from mmkernels.models.stages import Stage
 
 def _align(pairs: float, batch: int) -> Stage:
     return Stage(
-        "align",  # the resampler alone, on whole pictures; the ViT is never trained
+        "align",  # the resampler alone; the ViT is never trained
         trainable=("resampler.*",),
         losses={"pairs": 1.0},
         mix={"pairs": pairs},
@@ -50,12 +50,12 @@ _TINY_LM = replace(
 _TOWERS = Stage(
     "towers",  # no published part is this small: the ViT learns to name pictures, the language model to write what it is shown
     trainable=("vision.*", "lm.*"),
-    losses={"pictures": 1.0, "echoes": 1.0},
-    mix={"pictures": 2.0, "echoes": 1.0},
+    losses={"patches": 1.0, "echoes": 1.0},
+    mix={"patches": 1.0, "echoes": 1.0},
     learning_rate=2e-3,
     schedule="cosine",
     warmup=0.2,
-    steps=500,
+    steps=400,
 )
 
 LLAVA_UHD = {
@@ -65,7 +65,7 @@ LLAVA_UHD = {
     ),
     "llava-uhd-eccv-13b": LlavaUHDConfig(
         _TOWER, language.LLAMA2_13B, _TOKENS, comma=29_892, newline=13, grid=12, heads=40,
-        stages=(_align(558_128, 256), _instruct(665_298)), release="eccv",
+        stages=(_align(558_128, 256), _instruct(665_298)), release="eccv", single=("align",),
     ),
     "llava_uhd-tiny": LlavaUHDConfig(
         vision=VisionConfig(
@@ -79,9 +79,10 @@ LLAVA_UHD = {
         heads=4,
         stages=(
             _TOWERS,
-            replace(_align(1, 1), learning_rate=4e-3, warmup=0.1, steps=300),
-            replace(_instruct(1), mix={"instructions": 1.0}, learning_rate=1e-3, warmup=0.1, steps=500),
+            replace(_align(1, 1), learning_rate=4e-3, warmup=0.1, steps=100),
+            replace(_instruct(1), mix={"instructions": 1.0}, learning_rate=1e-3, warmup=0.1, steps=300),
         ),
         release="eccv",
+        single=("align",),
     ),
 }  # fmt: skip

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from mmkernels.layers.monkey_block import MonkeyBlock, blocks_table
 from mmkernels.layers.positions import interpolate_positions
 from mmkernels.layers.qwen_resampler import QwenResampler
 from mmkernels.models.base import Tokens
+from mmkernels.models.places import Expanded, expand_images
 from mmkernels.models.qwen_text import Marks
 from mmkernels.models.qwen_vl import QwenVL
 from mmkernels.models.stages import Stage
@@ -71,6 +74,15 @@ class MonkeyConfig:
     @property
     def slots(self) -> int:
         return self.vision.slots
+
+    @property
+    def look(self) -> dict[str, Any]:
+        """How pictures are cut: arguments of `data.looks.look`."""
+        v = self.vision
+        options = {
+            "canvas": (v.canvas[1], v.canvas[0]), "window": v.window, "patch": v.patch, "tokens_per_view": v.grid**2
+        }  # fmt: skip
+        return {"rule": "monkey", "options": options}
 
 
 def global_view(images: Tensor, size: int = 448) -> Tensor:
@@ -182,6 +194,24 @@ class Monkey(QwenVL):
 
     def make_vision(self) -> nn.Module:
         return MonkeyVision(self.config.vision)
+
+    def opening(self, words: Sequence[int], pictures: int = 1) -> list[int]:
+        """What is asked about pictures, up to where the answer begins; one image token for each."""
+        return [*[self.tokens.image] * pictures, *words]
+
+    def told(
+        self,
+        looked: Sequence[Any],
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> tuple[Expanded, Tensor]:
+        """A text with one image token a row, and what `data.looks` made of its picture -> text and media for `forward`."""
+        run = self.marks.image(self.tokens, self.config.slots)
+        made = expand_images(input_ids, self.tokens, run, attention_mask=attention_mask, labels=labels)
+        device = self.lm.embedding.weight.device
+        canvases = torch.stack([one.canvas for one in looked]).to(device)
+        return made, self.encode(canvases.unflatten(0, (len(input_ids), -1)))
 
     def published(self, source: str) -> Table:
         """The released file: `transformer.visual` beside the language model's layers."""

@@ -27,12 +27,12 @@ _TOWERS = Stage(
         "vision.patch.*", "vision.positions", "vision.pre_norm.*", "vision.blocks.*.attention*", "vision.blocks.*.mlp.*",
         "vision.blocks.*.mlp_norm.*", "lm.*",
     ),
-    losses={"pictures": 1.0, "echoes": 1.0},
-    mix={"pictures": 2.0, "echoes": 1.0},
+    losses={"patches": 1.0, "echoes": 1.0},
+    mix={"patches": 1.0, "echoes": 1.0},
     learning_rate=2e-3,
     schedule="cosine",
     warmup=0.2,
-    steps=500,
+    steps=400,
 )  # fmt: skip
 _PRETRAIN = Stage(
     "pretrain",  # what Monkey takes from Qwen-VL: no updates yet
@@ -42,7 +42,7 @@ _PRETRAIN = Stage(
     learning_rate=2e-3,
     schedule="cosine",
     warmup=0.1,
-    steps=600,
+    steps=150,
 )
 
 
@@ -70,7 +70,7 @@ MONKEY = {
         stages=(
             _TOWERS,
             _PRETRAIN,
-            replace(_INSTRUCTIONS, mix={"instructions": 1.0}, learning_rate=1e-3, warmup=0.1, steps=400),
+            replace(_INSTRUCTIONS, mix={"instructions": 1.0}, learning_rate=1e-3, warmup=0.1, steps=250),
         ),
     ),
 }  # fmt: skip

@@ -53,6 +53,14 @@ class SlimeConfig:
     router: str = "cosine"
     temperature: float = 1.0
 
+    @property
+    def look(self) -> dict[str, Any]:
+        """How pictures are cut: arguments of `data.looks.look`."""
+        options = {
+            "tile": self.vision.image_size, "patch": self.vision.patch_size, "tokens_per_view": self.local_grid**2,
+        }  # fmt: skip
+        return {"rule": "slime", "options": options}
+
 
 class Tiles(NamedTuple):
     """views `[N, 3, S, S]`: of every picture the whole, then its tiles row by row; grids: every picture's (columns, rows)."""
@@ -97,12 +105,12 @@ class Slime(Spliced):
         self.sampler = SpatialResampler(c.local_grid, c.vision.width, c.heads, release="slime")
         self.router = TextGuidedRouter(c.router, width, temperature=c.temperature)
         self.lm = Decoder(c.lm)
-        c.stages[-1].freeze(self)
-        self.enter(c.stages[-1].name)
+        self.enter(c.stages[-1])
 
-    def enter(self, stage: str) -> None:
-        """Reads pictures as the stage of this name does."""
-        self.mode = self.config.modes.get(stage, Mode())
+    def enter(self, stage: Stage) -> None:
+        """Trains what the stage trains, and reads pictures as it does."""
+        super().enter(stage)
+        self.mode = self.config.modes.get(stage.name, Mode())
         self.router.top_p = self.mode.top_p
 
     def sees(self) -> Sequence[nn.Module]:
@@ -187,6 +195,18 @@ class Slime(Spliced):
     def _kept(self, local: Tensor, words: Tensor) -> Tensor:
         told = torch.ones(len(words), dtype=torch.bool, device=words.device)
         return local[self.router(local, words.to(local.dtype), told)]
+
+    def told(
+        self,
+        looked: Sequence[Any],
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> tuple[Expanded, Tensor]:
+        return self.lay_out(input_ids, attention_mask, labels, self.encode(self.arrange(looked)))
+
+    def arrange(self, looked: Sequence[Any]) -> Tiles:
+        return Tiles(torch.stack(super().arrange(looked)), [one.plan.grid for one in looked])
 
     def forward(
         self,

@@ -64,19 +64,19 @@ _LLAMA3 = Tokens(image=-200, end_of_chunk=128_009, end_of_text=128_001, pad=128_
 _TOWERS = Stage(
     "towers",  # no published part is this small: the ViT learns to name pictures, the language model to write what it is shown
     trainable=("vision.*", "lm.*"),
-    losses={"pictures": 1.0, "echoes": 1.0},
-    mix={"pictures": 2.0, "echoes": 1.0},
+    losses={"patches": 1.0, "echoes": 1.0},
+    mix={"patches": 1.0, "echoes": 1.0},
     learning_rate=2e-3,
     schedule="cosine",
     warmup=0.2,
-    steps=500,
+    steps=400,
 )
 
 
 def _tiny() -> tuple[Stage, ...]:
     *align, instruct = _stages(1e-3)
-    small = [replace(stage, learning_rate=2e-3, warmup=0.1, steps=250) for stage in align]
-    last = replace(instruct, mix={"instructions": 1.0}, warmup=0.1, steps=500)
+    small = [replace(stage, learning_rate=2e-3, warmup=0.1, steps=60) for stage in align]
+    last = replace(instruct, mix={"instructions": 1.0}, warmup=0.1, steps=300)
     return (_TOWERS, *small, last)
 
 

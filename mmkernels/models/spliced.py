@@ -72,6 +72,38 @@ class Spliced(MultimodalModel):
         _check.shapes(media=(media, f"V {x.shape[-1]}"))
         return splice_embeddings(x, media, place)
 
+    def opening(self, words: Sequence[int], pictures: int = 1) -> list[int]:
+        """What is asked about pictures, up to where the answer begins; one image token for each."""
+        return [*[self.tokens.image] * pictures, *words]
+
+    def told(
+        self,
+        looked: Sequence[Any],
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> tuple[Expanded, Any]:
+        """A text with one image token a picture, and what `data.looks` made of the pictures -> text and media for `forward`."""
+        runs = [self.layout(one) for one in looked]
+        made = place_runs(input_ids, self.tokens, runs, attention_mask=attention_mask, labels=labels)
+        return made, self.encode(self.arrange(looked))
+
+    def layout(self, one: Any) -> list[int]:
+        """What stands in a text for a picture as `data.looks` has it."""
+        names = {
+            name: getattr(self.config, name) for name in ("newline", "comma") if hasattr(self.config, name)
+        }
+        return one.plan.ids(self.tokens.image, **names).tolist()
+
+    def shown(self, one: Any) -> Sequence[Tensor]:
+        """The views of a picture that are read."""
+        return one.views
+
+    def arrange(self, looked: Sequence[Any]) -> Any:
+        """What `encode` takes, of what `data.looks` made of pictures."""
+        device = self.lm.embedding.weight.device
+        return [view.to(device) for one in looked for view in self.shown(one)]
+
     def _reachable(self, x: Tensor) -> Tensor:
         """In training a batch without pictures reads a black one, times 0: every rank's graph has the same parameters."""
         learns = self.training and torch.is_grad_enabled()

@@ -13,15 +13,19 @@ from mmkernels.models import (
     Blip2Seq2SeqConfig,
     CogVLMConfig,
     FlamingoConfig,
+    FuyuConfig,
     LavinConfig,
     LlamaVidConfig,
     LlavaConfig,
+    LlavaUHDConfig,
     MoeLlavaConfig,
+    MonkeyConfig,
     NextGptConfig,
     QwenVLConfig,
+    SlimeConfig,
     Stage,
 )
-from mmkernels.train import cogvlm, lavin, llava, moe_llava, next_gpt, qformer, qwen, seq2seq, video
+from mmkernels.train import cogvlm, lavin, llava, moe_llava, next_gpt, qformer, qwen, seq2seq, sliced, video
 from mmkernels.train.objectives import Objectives
 
 
@@ -70,7 +74,9 @@ def _videos(dataset: Dataset, tokenizer: Tokenizer, config: LlamaVidConfig, seed
     return Videos(dataset, tokenizer, size, seed=seed, tokens_per_frame=places)
 
 
+_SLICED = Family(sliced.pictures, sliced.SlicedObjectives, sliced.measure, sliced.texts, sliced.words)
 _FAMILIES = {
+    **dict.fromkeys((FuyuConfig, LlavaUHDConfig, MonkeyConfig, SlimeConfig), _SLICED),
     CogVLMConfig: Family(cogvlm.grounding, cogvlm.CogVLMObjectives, cogvlm.measure, cogvlm.texts),
     FlamingoConfig: Family(_sequences),
     Blip2Config: Family(_pairs, qformer.QFormerObjectives, qformer.measure),
@@ -78,7 +84,9 @@ _FAMILIES = {
     LavinConfig: Family(lavin.mixtures, lavin.LavinObjectives, lavin.measure),
     LlamaVidConfig: Family(_videos, video.VideoObjectives, video.measure),
     LlavaConfig: Family(llava.readings, llava.LlavaObjectives, llava.measure, llava.texts),
-    MoeLlavaConfig: Family(moe_llava.pairs, moe_llava.MoeLlavaObjectives, moe_llava.measure),
+    MoeLlavaConfig: Family(
+        moe_llava.photographs, moe_llava.MoeLlavaObjectives, moe_llava.measure, llava.texts
+    ),
     NextGptConfig: Family(
         next_gpt.switching, next_gpt.NextGptObjectives, next_gpt.measure, next_gpt.texts, next_gpt.words
     ),

@@ -27,7 +27,9 @@ def texts(dataset: Dataset, config: Any) -> list[str]:
     return reading_texts(dataset, [ask(config.template, question) for question in (QUESTION, WRITTEN)])
 
 
-def readings(dataset: Dataset, tokenizer: Tokenizer, config: Any, seed: int) -> Readings:
+def readings(
+    dataset: Dataset, tokenizer: Tokenizer, config: Any, seed: int, kind: type[Readings] = Readings
+) -> Readings:
     """The data of a run, with the pictures' size of its last stage: so they are held out."""
     size = config.stages[-1].image_size or config.vision.image_size
     sight = Sight(config.aspect, size, config.vision.patch_size, config.pinpoints, config.rounding)
@@ -35,7 +37,7 @@ def readings(dataset: Dataset, tokenizer: Tokenizer, config: Any, seed: int) -> 
     def asked(question: str) -> list[int]:
         return tokenizer.encode(ask(config.template, question))
 
-    return Readings(dataset, tokenizer, sight, ask=asked, seed=seed)
+    return kind(dataset, tokenizer, sight, ask=asked, seed=seed)
 
 
 class LlavaObjectives(Objectives):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 from published_files import llama
 
 from mmkernels import models, weights
 from mmkernels.data import slicing
+from mmkernels.data.looks import look
 from mmkernels.models.llava_uhd import pack_image
 
 
@@ -104,6 +106,19 @@ def test_slices_and_separators_stand_where_the_text_says_and_the_model_goes_on(m
         token = model(given[3:], slow).logits[:, -1].argmax(-1)
         slow = torch.cat([slow, token[:, None]], 1)
     assert torch.equal(together[1], slow[0, -3:])
+
+
+@torch.no_grad()
+def test_the_first_stage_shows_whole_pictures_alone():
+    model = models.build("llava_uhd-tiny").eval()
+    seen = [look(Image.new("RGB", (90, 40)), **model.config.look)]
+    ids = torch.tensor([[2, 40]])
+    whole, media = model.told(seen, ids)
+    assert len(media) == 16 * seen[0].plan.views and whole.ids.shape[1] == seen[0].plan.tokens + 1
+    model.enter(model.stages()[1])
+    alone, only = model.told(seen, ids)
+    assert alone.ids.tolist() == [[*[2] * 16, 40]]
+    torch.testing.assert_close(only, media[-16:], rtol=1e-4, atol=1e-4)
 
 
 def test_a_batch_without_pictures_keeps_the_graph(model):

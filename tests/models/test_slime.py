@@ -59,9 +59,8 @@ def test_stages_learn_in_turn(model):
 def test_what_a_stage_reads_is_what_learns(model, stage):
     """One step of every stage: its parameters get gradients, and pictures have the places that it reads."""
     model.train()
-    model.enter(stage)
     chosen = next(s for s in model.stages() if s.name == stage)
-    chosen.freeze(model)
+    model.enter(chosen)
     ids = torch.tensor([[2, 40, 41, 42], [2, 43, 44, 45]])
     output = model(tiles((2, 1), (1, 3)), ids, labels=ids)
     output.loss.backward()
