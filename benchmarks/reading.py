@@ -60,7 +60,7 @@ def draw(record: dict[str, Any], file: Path) -> Path:
             axis.plot(shapes, [100 * row["read"] for row in points], "o-", color=colour, ms=4, label=label)
         axis.set_xlabel("page, pixels; the tower sees 32 x 32, letters are 8 pixels wide")
         axis.set_ylabel("held-out pages read, %")
-        axis.set_ylim(-2, 102)
+        axis.set_ylim(0, 1.25 * max(10.0, *(100 * row["read"] for row in record["rows"])))
         axis.grid(color=FAINT, linewidth=0.8)
         axis.legend(frameon=False, fontsize=8)
         axis.set_title("Small text is read in tiles", loc="left", fontsize=13, fontweight="bold", pad=22)

@@ -163,16 +163,16 @@ LLAVA = {
     "svit-13b": _v1_5(language.LLAMA2_13B, _SVIT),
     "yi-vl-6b": _yi_vl(language.YI_6B),
     "yi-vl-34b": _yi_vl(language.YI_34B),
-    "llava-tiny": _tiny(_v1(language.LLAMA_7B), _tiny_stages(_V1, (2e-3, 100), (2e-3, 400))),
-    "llava-1.5-tiny": _tiny(_v1_5(language.LLAMA2_7B), _tiny_stages(_V1_5, (2e-3, 100), (2e-3, 400))),
+    "llava-tiny": _tiny(_v1(language.LLAMA_7B), _tiny_stages(_V1, (2e-3, 100), (1e-3, 850))),
+    "llava-1.5-tiny": _tiny(_v1_5(language.LLAMA2_7B), _tiny_stages(_V1_5, (2e-3, 100), (1e-3, 850))),
     "llava-next-tiny": _tiny(
         _next(language.LLAMA2_7B),
-        _tiny_stages(_TINY_NEXT, (2e-3, 100), (2e-3, 400)),
+        _tiny_stages(_TINY_NEXT, (2e-3, 100), (1e-3, 850)),
         pinpoints=tuple((w * 32 // 336, h * 32 // 336) for w, h in PINPOINTS),
     ),
     "yi-vl-tiny": _tiny(
         _yi_vl(language.YI_6B),
-        _tiny_stages(_yi(_TINY_H), (1e-3, 100, 24), (1e-3, 100), (2e-3, 400)),
+        _tiny_stages(_yi(_TINY_H), (1e-3, 100, 24), (1e-3, 100), (1e-3, 850)),
         vision=_TINY_H,
     ),
 }
