@@ -4,6 +4,7 @@
 #   make bench          benchmarks against eager       make docs      the documentation site, into site/
 #   make build          compile csrc/ in place         make room NAME=foo [FLOOR=ops]   a new room that works
 #   make compile-table  every GPU kernel compiled for sm_80, sm_90a and sm_100, with registers and spills
+#   make recipes        every recipe at its tiny size: trains, generates, writes docs/recipes-measured.md
 #   make gpu            on a machine with a GPU: build, its tests, sanitizer and benchmarks, by PYTHON's own packages;
 #                       PART=attention|linear|moe|slices or room names: only these rooms
 #
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: setup build test bench lint docs room compile-table gpu clean
+.PHONY: setup build test bench lint docs room compile-table recipes gpu clean
 .DELETE_ON_ERROR:
 
 # How csrc/ is compiled is part of the stamp's name: asking for another way builds again.
@@ -54,6 +55,9 @@ docs: build
 
 compile-table: build
 	$(BIN)/python -m benchmarks.compile_table $(ARGS)
+
+recipes: build
+	OMP_NUM_THREADS=1 $(BIN)/python tools/recipes.py $(ARGS)
 
 gpu:
 	@tools/gpu.sh $(PYTHON) $(ARGS)

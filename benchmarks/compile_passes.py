@@ -18,14 +18,26 @@ GROUPED = {"linear": "", "linear, swiglu, LoRA": "swiglu"}  # of grouped_linear:
 SHAPES += [(dtype, 1024, rules) for dtype in (torch.bfloat16, torch.float32) for rules in GROUPED]
 EXPERT = "visual expert"  # the width is a head's
 SHAPES += [(dtype, 128, EXPERT) for dtype in (torch.bfloat16, torch.float32)]
+FRONT_END = "front end"  # the width is a patch's side
+SHAPES += [(dtype, 14, FRONT_END) for dtype in (torch.bfloat16, torch.float32)]
+SLICES = "packed slices"  # the width is a head's
+SHAPES += [(torch.bfloat16, 64, SLICES), (torch.bfloat16, 104, SLICES), (torch.float32, 64, SLICES)]
+MOE = "mixture of experts"  # the width is the number of experts
+SHAPES += [(torch.bfloat16, experts, MOE) for experts in (4, 512)] + [(torch.float32, 128, MOE)]
 
 Passes = tuple[list[Any], list[Callable[[], None]]]  # modules that hold kernels, and what launches these
 
 
 def passes_of(dtype: torch.dtype, width: int, rules: str) -> Passes:
     """The passes of one entry of SHAPES."""
-    of = _grouped if rules in GROUPED else _expert if rules == EXPERT else _attention
-    return of(dtype, width, rules)
+    named = {
+        EXPERT: _expert,
+        FRONT_END: _front_end,
+        SLICES: _slices,
+        MOE: _moe,
+        **dict.fromkeys(GROUPED, _grouped),
+    }
+    return named.get(rules, _attention)(dtype, width, rules)
 
 
 def _attention(dtype: torch.dtype, width: int, rules: str) -> Passes:
@@ -95,3 +107,74 @@ def _expert_pass(launch: Any, dtype: torch.dtype, width: int, rows: int) -> None
     table = (x[:, : width // 2].contiguous(),) * 2
     out, h = launch.forward(*first, None, *table, 2 * heads, "", False)
     launch.backward(out, *first, *table, h, 2 * heads, "", [True] * 5)
+
+
+def _front_end(dtype: torch.dtype, width: int, rules: str) -> Passes:
+    """Pictures whose resize rounds to bytes, and whose does not."""
+    from mmkernels.data.front_end.front_end import FrontEnd
+    from mmkernels.data.front_end.triton import kernels
+
+    picture = [torch.zeros(300, 400, 3, dtype=torch.uint8).numpy()]
+
+    def one(rule: str) -> None:
+        front = FrontEnd(rule, dtype=dtype, patch=width)
+        plan = front.plan(400, 300)
+        todo, rows = [], 0
+        for job in front.rule.jobs(0, plan, width):
+            placed, views = job.placed(rows)
+            todo.append(placed)
+            rows += sum(h * w for h, w in views)
+        front._on_device(picture, todo, torch.empty(rows, 3 * width * width, dtype=dtype))
+
+    return [kernels], [partial(one, rule) for rule in ("monkey", "llava_uhd", "fuyu")]
+
+
+def _slices(dtype: torch.dtype, width: int, rules: str) -> Passes:
+    """Attention, and for one width the rows around it: a window's update, splicing."""
+    from mmkernels.ops.sliced_image.triton import kernels, launch, launch_rows, rows
+
+    passes = [partial(_slices_pass, launch, dtype, width)]
+    if width != 64:
+        return [kernels], passes  # type: ignore[return-value]
+    return [kernels, rows], [*passes, partial(_rows_pass, launch_rows, dtype)]  # type: ignore[return-value]
+
+
+def _slices_pass(launch: Any, dtype: torch.dtype, width: int) -> None:
+    q, offsets = torch.empty(1024, 8, width, dtype=dtype), torch.tensor([0, 1024], dtype=torch.int32)
+    out, lse = launch.forward(q, q, q, offsets, 0.125)
+    launch.backward(out, q, q, q, out, lse, offsets, 0.125)
+
+
+def _rows_pass(launch: Any, dtype: torch.dtype) -> None:
+    x, a = torch.empty(1024, 1664, dtype=dtype), torch.empty(4, 16, 1664, dtype=dtype)
+    b, index = a.transpose(1, 2).contiguous(), torch.zeros(1024, dtype=torch.int64)
+    out, t = launch.lora(x, x, a, b, index)
+    launch.lora_backward(out, x, a, b, index, t, [True] * 3)
+    launch.splice_backward(launch.splice(x, x, x[:1], index), x, x, x[:1], index, [True] * 3)
+
+
+def _moe(dtype: torch.dtype, width: int, rules: str) -> Passes:
+    """Routers of both orders of arrival and every way to weigh; the sum; the products are grouped_linear's."""
+    from mmkernels.ops.moe.triton import kernels, launch
+
+    passes = [
+        partial(_route_pass, launch, width, *rest)
+        for rest in (("dropless", "before", 2), ("deepspeed_top2", "after", 2), ("topk_capacity", "", 8))
+        if rest[2] <= width
+    ]
+    return [kernels], [*passes, partial(_sum_pass, launch, dtype)]
+
+
+def _route_pass(launch: Any, experts: int, policy: str, renormalize: str, k: int) -> None:
+    logits, mask = torch.zeros(4096, experts), torch.ones(4096, dtype=torch.bool)
+    noise = logits if policy == "deepspeed_top2" else None
+    capacity = -1 if policy == "dropless" else 100
+    found = launch.route(logits, noise, mask, k, capacity, policy, renormalize, "mixtral")
+    weights, ids, _, inverse, _, _, aux, z = found
+    launch.route_backward(weights, aux, z, logits, mask, ids, inverse, policy, renormalize, "mixtral")
+
+
+def _sum_pass(launch: Any, dtype: torch.dtype) -> None:
+    y, inverse = torch.empty(512, 1024, dtype=dtype), torch.zeros(512, dtype=torch.int32)
+    launch.combine(y, y[:, :2].float()[:256], inverse, torch.empty(256, 1024, dtype=dtype))
+    launch.combine(y, None, inverse, torch.empty(256, 1024, dtype=dtype))

@@ -33,7 +33,7 @@ TARGETS = {
 }  # architecture, KiB of shared memory a block
 TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64",
-    torch.bool: "*i1",
+    torch.bool: "*i1", torch.uint8: "*u8",
 }  # fmt: skip
 WGMMA = (
     "forward",

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from mmkernels import models
-from mmkernels.layers import MoE
+from mmkernels.layers import MoE, expert_parallel
 from mmkernels.train.parallel import clip_gradients, local, parallelize, whole_state
 
 _RATE, _CLIP = 0.05, 1.0
@@ -37,10 +37,10 @@ def rows(model: Any, rank: int, ranks: int, batch: int, step: int) -> dict[str, 
     return {"images": pixels, "input_ids": ids, "attention_mask": mask, "labels": ids}
 
 
-def step_of(model: Any, batches: list[dict[str, Tensor]], mesh: Any = None) -> tuple[float, Any]:
-    """One step of SGD on the mean of the batches' losses; the loss, and the last pass' output."""
+def step_of(model: Any, batches: list[dict[str, Tensor]], mesh: Any = None) -> float:
+    """One step of SGD on the mean of the batches' losses, which it returns."""
     learns = [p for p in model.parameters() if p.requires_grad]
-    total, output = 0.0, None
+    total = 0.0
     for batch in batches:
         output = model(**batch)
         (output.loss / len(batches)).backward()
@@ -52,18 +52,27 @@ def step_of(model: Any, batches: list[dict[str, Tensor]], mesh: Any = None) -> t
     optimizer = torch.optim.SGD(learns, lr=_RATE)
     optimizer.step()
     optimizer.zero_grad()
-    return total, output
+    return total
 
 
-def sent(output: Any, width: int, rank: int, ranks: int) -> int:
-    """Bytes that a rank sends in a step for its tokens and their gradients: each row goes out, and its gradient too; as many
-    rows come back to others from here as they sent, which their own figures count.
-    """
-    away = 0
-    for routing in output.routings:
-        there = routing.counts.view(ranks, -1).sum(1)
-        away += int(there.sum() - there[rank])
-    return 4 * away * width * 4  # out and back, forward and backward, float32
+class Wire:
+    """Counts the bytes of rows that this rank sends to others."""
+
+    def __init__(self) -> None:
+        self.bytes, self._send = 0, expert_parallel._all_to_all
+        expert_parallel._all_to_all = self
+
+    def __call__(
+        self, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        away = sum(sent) - sent[dist.get_rank(group)]
+        self.bytes += away * rows[0:1].numel() * rows.element_size() if len(rows) else 0
+        return self._send(rows, sent, received, group)
+
+
+def even(tokens: int, k: int, width: int, ranks: int, *, size: int = 4) -> float:
+    """Bytes that a rank sends in one layer, forward and backward, when routes fall evenly on the ranks and none is dropped."""
+    return 4 * tokens * k * width * size * (ranks - 1) / ranks
 
 
 def main() -> None:
@@ -81,27 +90,29 @@ def main() -> None:
     one.enter(one.stages()[-1])
     spread = copy.deepcopy(one)
     parallelize(spread, mesh)
-    bytes_sent, seconds, losses = 0, [], []
+    wire, seconds, losses, tokens = Wire(), [], [], 0
     for step in range(options.steps):
         batch = rows(one, rank, ranks, options.batch, step)
         dist.barrier()
         begun = time.perf_counter()
-        loss, output = step_of(spread, [batch], mesh)
+        loss = step_of(spread, [batch], mesh)
         seconds.append(time.perf_counter() - begun)
-        bytes_sent += sent(output, one.config.lm.block.width, rank, ranks)
+        tokens = batch["input_ids"].numel()
         losses.append(loss)
+    moes = sum(isinstance(part, MoE) for part in spread.modules())
+    sent = wire.bytes // options.steps
+    formula = moes * even(tokens, one.config.experts.top_k, one.config.lm.block.width, ranks)
     state = whole_state(spread, mesh)
     if rank == 0:
         for step in range(options.steps):
             step_of(one, [rows(one, r, ranks, options.batch, step) for r in range(ranks)])
         worst = max(float((state[n] - p.detach()).abs().max()) for n, p in one.named_parameters())
-        moes = sum(isinstance(part, MoE) for part in spread.modules())
         print(json.dumps({
             "ranks": ranks, "experts": one.config.experts.experts, "moe_layers": moes,
             "parameters": sum(p.numel() for p in one.parameters()),
             "parameters_here": sum(local(p).numel() for p in spread.parameters()),
             "loss_of_rank_0": [round(loss, 4) for loss in losses],
-            "largest_difference": worst, "bytes_per_step": bytes_sent // options.steps,
+            "largest_difference": worst, "bytes_sent_a_step": sent, "evenly": round(formula),
             "median_step_ms": round(1e3 * sorted(seconds)[len(seconds) // 2], 1),
         }))  # fmt: skip
     dist.destroy_process_group()

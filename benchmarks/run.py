@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks import generation, machine, models, rates
+from benchmarks import front_end, generation, machine, models, rates
 from benchmarks.row import bench, floor
 from benchmarks.wanted import Row, Wanted, dtype_name, table
 
@@ -23,6 +23,7 @@ def plan(wanted: Wanted) -> list[tuple[str, Callable[[], Iterator[Row]]]]:
         )
         for room, case, dtype in table(wanted)
     ]
+    steps += front_end.plan(wanted)
     whole = models.plan(wanted) + generation.plan(wanted)
     return steps + [(f"models {title}", make) for title, make in whole]
 

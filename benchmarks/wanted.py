@@ -10,6 +10,7 @@ import torch
 from benchmarks import layers
 from benchmarks.peers import peers
 from mmkernels import models
+from mmkernels.data.front_end import RULES
 from mmkernels.primitives._case import Case, Room
 from mmkernels.primitives._op import BACKENDS
 from mmkernels.rooms import rooms as ops
@@ -18,6 +19,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 PASSES = ("fwd", "bwd", "fwd+bwd")
 BUILT = ("compiled", "flex")  # seconds to build each: timed on headline rows, or when asked for
 MODELS = "models"  # the name that whole-model rows are asked for by
+FRONT_END = "front_end"  # and the image front end's, whose shapes are its rules
 GENERATION = ("prefill-unequal", "generate-unequal", "decode-media")
 
 Row = dict[str, Any]
@@ -46,9 +48,10 @@ class Wanted:
         asked = [room for room in rooms().values() if not self.ops or room.name in self.ops]
         steps = {f"{model}-step" for model in models.list()}
         whole = steps | set(GENERATION) if not self.ops or MODELS in self.ops else set()
+        rules = set(RULES) if not self.ops or FRONT_END in self.ops else set()
         known = {
-            "ops": {*rooms(), MODELS},
-            "shapes": {case.name for room in asked for case in room.bench} | whole,
+            "ops": {*rooms(), MODELS, FRONT_END},
+            "shapes": {case.name for room in asked for case in room.bench} | whole | rules,
             "dtypes": set(DTYPES),
             "passes": set(PASSES),
             "peers": {name for room in rooms().values() for name in peers(room)} | {"compiled", *BACKENDS},

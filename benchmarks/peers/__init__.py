@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from benchmarks.peers import grouped, visual_expert
+from benchmarks.peers import grouped, moe, visual_expert
 from benchmarks.peers.attention import CORES
 from mmkernels.ops.gated_cross_attention.cases import block
 from mmkernels.primitives._case import Peer, Room
@@ -15,6 +15,7 @@ PEERS: dict[str, dict[str, Peer]] = {
     "gated_cross_attention": {name: block(core) for name, core in CORES.items()},
     "grouped_linear": dict(grouped.PEERS),
     "visual_expert": dict(visual_expert.PEERS),
+    "moe": dict(moe.PEERS),
 }
 FLOORS = grouped.FLOORS
 

@@ -19,6 +19,7 @@ import mmkernels
 from mmkernels import data
 from mmkernels.primitives._op import BACKENDS
 from mmkernels.train import Result, Run, draw, train
+from mmkernels.train.recipes import recipe
 
 
 def add(subparsers: Any) -> None:
@@ -29,11 +30,12 @@ def add(subparsers: Any) -> None:
         "keeps checkpoints, a log and a loss curve in a folder. Killed and started again, it continues bit for bit.",
         epilog="example: mmkernels train --model flamingo-tiny --data digits --out runs/tiny",
     )
+    parser.add_argument("--model", help=f"a model that trains from nothing (default: {Run.model})")
     parser.add_argument(
-        "--model", default="flamingo-tiny", help="a model that trains from nothing (default: %(default)s)"
+        "--recipe", help="instead: a published system, at its tiny size; see mmkernels models"
     )
     parser.add_argument(
-        "--data", default="digits", help=f"{' or '.join(data.names())} (default: %(default)s)"
+        "--data", default="digits", help=f"{', '.join(data.names())}, or shards:FOLDER (default: %(default)s)"
     )
     parser.add_argument(
         "--out", type=Path, required=True, help="the run's folder: new, empty, or this run's own"
@@ -59,6 +61,8 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--backend", choices=BACKENDS, help="kernels to use where it has them (default: the fastest)"
     )
+    parser.add_argument("--recompute", action="store_true", help="keep less memory, compute blocks again")
+    parser.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard too")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.set_defaults(run=run)
 
@@ -72,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     if options.device not in ("cpu", "cuda") or (options.device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"device: got {options.device!r}, expected cpu" + ", or cuda where there is one")
-    chosen = Run(options.model, options.data, options.seed, options.steps, options.batch, options.precision)
+    chosen = Run(_model(options), options.data, options.seed, options.steps, options.batch, options.precision)
     kernels = mmkernels.using(options.backend, "reference") if options.backend else nullcontext()
     with warnings.catch_warnings(), kernels, _progress(chosen.total()) as bar:
         warnings.showwarning = lambda message, *_, **__: bar.console.print(
@@ -80,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
         )
         result = train(
             chosen, options.out, resume=options.resume, device=options.device, save_every=options.save_every,
-            observe=_observer(bar, chosen.total()),
+            recompute=options.recompute, tensorboard=options.tensorboard, observe=_observer(bar, chosen.total()),
         )  # fmt: skip
     curve = _draw(options.out)
     if options.json:
@@ -88,6 +92,14 @@ def run(options: argparse.Namespace) -> int:
     else:
         _print(result, chosen, curve)
     return 0
+
+
+def _model(options: argparse.Namespace) -> str:
+    if options.recipe is None:
+        return options.model or Run.model
+    if options.model is not None:
+        raise ValueError(f"model, recipe: got {options.model!r} and {options.recipe!r}, expected one of them")
+    return recipe(options.recipe).tiny
 
 
 def _progress(total: int) -> Progress:

@@ -6,7 +6,9 @@ Every refusal is an `ImageError` of one sentence that names the file.
 
 from __future__ import annotations
 
+import io
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +40,24 @@ def load(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     path = Path(path)
     if not path.is_file():
         raise ImageError(f"{path}: no such picture")
+
+    def opened() -> Image.Image:
+        with Image.open(path, formats=FORMATS) as image:
+            return _still(image, path, max_pixels)
+
+    return _guarded(opened, path)
+
+
+def read(image: Image.Image, name: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """A picture that somebody else opened, decoded and judged as `load` does. **Raises** ImageError as `load`."""
+    return _guarded(lambda: _still(image, name, max_pixels), name)
+
+
+def _guarded(decode: Callable[[], Image.Image], path: object) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            return _decode(path, max_pixels)
+            return decode()
     except ImageError:
         raise
     except Image.UnidentifiedImageError:
@@ -51,32 +67,33 @@ def load(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise ImageError(f"{path}: damaged or unsafe picture ({reason})") from None
 
 
-def _decode(path: Path, max_pixels: int) -> Image.Image:
-    with Image.open(path, formats=FORMATS) as image:
-        check_size(image, path, max_pixels)  # before anybody counts frames
-        if getattr(image, "n_frames", 1) > 1:
-            raise ImageError(
-                f"{path}: an animation of {getattr(image, 'n_frames', 0)} frames, expected one still picture"
-            )
-        return upright(image, path, max_pixels)
+def _still(image: Image.Image, path: object, max_pixels: int) -> Image.Image:
+    check_size(image, path, max_pixels)  # before anybody counts frames
+    if getattr(image, "n_frames", 1) > 1:
+        raise ImageError(
+            f"{path}: an animation of {getattr(image, 'n_frames', 0)} frames, expected one still picture"
+        )
+    return upright(image, path, max_pixels)
 
 
-def check_size(image: Image.Image, path: Path, max_pixels: int = MAX_PIXELS) -> None:
+def check_size(image: Image.Image, path: object, max_pixels: int = MAX_PIXELS) -> None:
     """**Raises** ImageError for an open picture that is too large to decode."""
     width, height = image.size
+    if width < 1 or height < 1:
+        raise ImageError(f"{path}: a picture of {width} x {height}, which has no pixels")
     if width * height > max_pixels:
         size = f"{width} x {height} pixels"
         raise ImageError(f"{path}: {size} is more than the {max_pixels:,} pixels that are safe to decode")
 
 
-def upright(image: Image.Image, path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def upright(image: Image.Image, path: object, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decodes an open picture, or the frame that it is at, as upright RGB. **Raises** ImageError as `load`."""
     check_size(image, path, max_pixels)
     image.load()
     return _to_rgb(ImageOps.exif_transpose(image), path)
 
 
-def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
+def _to_rgb(image: Image.Image, path: object) -> Image.Image:
     if image.mode in _WIDE_GREY:
         wide = np.asarray(image).astype(np.int64)
         return Image.fromarray((wide >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
@@ -107,3 +124,13 @@ def denormalise(x: Tensor) -> NDArray[np.uint8]:
     """The pixels that `normalise` makes x of, rounded and clipped. **Shapes** `[..., 3, S, S]` -> uint8 `[..., S, S, 3]`."""
     scaled = x.detach().float().cpu().movedim(-3, -1) * torch.tensor(STD) + torch.tensor(MEAN)
     return (scaled * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+def decode(raw: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """As `load`, of a picture's bytes; messages call it `name`. **Raises** ImageError."""
+
+    def opened() -> Image.Image:
+        with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
+            return _still(image, name, max_pixels)
+
+    return _guarded(opened, name)

@@ -1,13 +1,14 @@
 """Pages of rendered text, of many sizes, whose words are known: what is written on them can be checked letter by letter.
 
 A page is a light ground of its own colour with a number of `DIGITS` digits in dark ink, in one of the DejaVu fonts that come
-with matplotlib, somewhere in its central square. The size of the letters does not follow the size of the page: on a large page
-they are small. Numbers are held out by their digits, so a held-out one was never read.
+with matplotlib. Letters stand in cells of `CELL` pixels, as a terminal writes them, whatever the size of the page: on a large
+page they are small. The number is somewhere in the central square. No page is ever drawn twice but by chance.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +19,14 @@ from PIL import Image, ImageDraw, ImageFont
 DIGITS = 2
 QUESTION = "what is written?"
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSerif")
-SIDES = (32, 96)  # of a page, in pixels; its area is at most that of a square of 64
-_AREA = 64 * 64
-_LETTER = 11  # pixels of the font
-_STEP = 9  # from a letter to the next one
-_HELD_OUT = 5
+CELL = 8
+SIZES = (  # (width, height): a side of 32 or of 64 and another that is no longer than 96, or 64
+    *((n, 32) for n in range(32, 97, CELL)),
+    *((32, n) for n in range(40, 97, CELL)),
+    *((n, 64) for n in range(40, 65, CELL)),
+    *((64, n) for n in range(40, 64, CELL)),
+)
+_LETTER = 9  # pixels of the font
 
 
 @dataclass(frozen=True)
@@ -43,37 +47,41 @@ def written(digits: tuple[int, ...]) -> str:
     return " ".join(map(str, digits))
 
 
-def page(rng: np.random.Generator, *, held_out: bool = False, size: tuple[int, int] | None = None) -> Page:
-    """A page of a given or a random size (width, height)."""
+def page(rng: np.random.Generator, *, size: tuple[int, int] | None = None, full: bool = False) -> Page:
+    """A page of a given or a random size (width, height), or one that is `full` of digits, to learn them from."""
     width, height = size or sizes(rng)
-    digits = number(rng, held_out=held_out)
+    centres = _filled(rng, width, height) if full else _placed(rng, width, height)
+    digits = tuple(int(d) for d in rng.integers(10, size=len(centres)))
     ground, ink = rng.integers(200, 256, size=3), rng.integers(0, 90, size=3)
     image = Image.new("RGB", (width, height), tuple(int(c) for c in ground))
     draw, font = ImageDraw.Draw(image), _fonts()[int(rng.integers(len(FONTS)))]
-    side = min(width, height)
-    reach = _STEP * (len(digits) - 1)
-    x = (width - side) / 2 + rng.uniform(_STEP / 2, side - _STEP / 2 - reach)
-    y = (height - side) / 2 + rng.uniform(_STEP / 2 + 1, side - _STEP / 2 - 1)
-    centres = tuple((x + _STEP * n, y) for n in range(len(digits)))
     for digit, centre in zip(digits, centres, strict=True):
         draw.text(centre, str(digit), font=font, fill=tuple(int(c) for c in ink), anchor="mm")
-    return Page(np.asarray(image), digits, centres)
+    return Page(np.asarray(image), digits, tuple(centres))
 
 
-def number(rng: np.random.Generator, *, held_out: bool) -> tuple[int, ...]:
-    """Digits with equal chances; a fifth of all numbers is held out, each digit being known in every place."""
-    while True:
-        digits = tuple(int(d) for d in rng.integers(10, size=DIGITS))
-        if (sum((n + 1) * d for n, d in enumerate(digits)) % _HELD_OUT == 0) == held_out:
-            return digits
+def _placed(rng: np.random.Generator, width: int, height: int) -> list[tuple[float, float]]:
+    """One number, in the central square."""
+    side = min(width, height) // CELL
+    left, top = ((n // CELL - side + 1) // 2 for n in (width, height))
+    column = left + int(rng.integers(side - DIGITS + 1 - (left * CELL * 2 > width - side * CELL)))
+    row = top + int(rng.integers(side - (top * CELL * 2 > height - side * CELL)))
+    return [_centre(column + n, row) for n in range(DIGITS)]
+
+
+def _filled(rng: np.random.Generator, width: int, height: int) -> list[tuple[float, float]]:
+    """Lines all over the page, with gaps."""
+    cells = itertools.product(range(height // CELL), range(width // CELL))
+    return [_centre(column, row) for row, column in cells if rng.random() < 0.7]
+
+
+def _centre(column: int, row: int) -> tuple[float, float]:
+    return CELL * (column + 0.5), CELL * (row + 0.5)
 
 
 def sizes(rng: np.random.Generator) -> tuple[int, int]:
     """A width and a height."""
-    while True:
-        width, height = (int(n) for n in rng.integers(SIDES[0], SIDES[1] + 1, size=2))
-        if width * height <= _AREA:
-            return width, height
+    return SIZES[int(rng.integers(len(SIZES)))]
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,7 +100,7 @@ class Readings(Sequences):
     def at(self, size: int) -> Readings:
         """The same with views of another size."""
         sight = replace(self.sight, size=size)
-        return Readings(self._photographs, self.tokenizer, sight, ask=self.ask, seed=self.seed)
+        return type(self)(self._photographs, self.tokenizer, sight, ask=self.ask, seed=self.seed)
 
     def pairs(self, number: int, batch: int) -> ReadingBatch:
         """Pictures and what is said of them, nothing asked."""
@@ -110,7 +111,7 @@ class Readings(Sequences):
         return self._batch(self._rows(self._rng(_INSTRUCTIONS, number), batch))
 
     def held_out(self, number: int, batch: int) -> ReadingBatch:
-        """As `instructions`, of photographs and numbers that training never draws."""
+        """As `instructions`, of photographs and pages that training never draws."""
         return self._batch(self._rows(self._rng(_OUT, number), batch, held_out=True))
 
     def held_out_pages(
@@ -118,11 +119,11 @@ class Readings(Sequences):
     ) -> ReadingBatch:
         """Pages alone, of a given size or of many; without slices only the whole picture is shown."""
         rng = self._rng(_PAGES_OUT, number)
-        return self._batch([self._page(rng, held_out=True, size=size) for _ in range(batch)], sliced=sliced)
+        return self._batch([self._page(rng, size=size) for _ in range(batch)], sliced=sliced)
 
     def shown(self, number: int, batch: int) -> tuple[Tensor, Tensor]:
-        """Views `[N, 3, S, S]` of pictures, and what their patches hold `[N, P, 2]`."""
-        rows = self._rows(self._rng(_SHOWN, number), batch)
+        """Views `[N, 3, S, S]` of pictures and of pages full of digits, and what their patches hold `[N, P, 2]`."""
+        rows = self._rows(self._rng(_SHOWN, number), batch, full=True)
         pixels = np.concatenate([self._views(row) for row in rows])
         return images.normalise(pixels), torch.from_numpy(np.concatenate([self._kinds(row) for row in rows]))
 
@@ -131,14 +132,16 @@ class Readings(Sequences):
         rows = self._rows(self._rng(_ECHOES, number), batch)
         return self._batch(rows, plain=number % 2 == 0, drawn=False)
 
-    def _rows(self, rng: np.random.Generator, batch: int, *, held_out: bool = False) -> list[_Row]:
+    def _rows(
+        self, rng: np.random.Generator, batch: int, *, held_out: bool = False, full: bool = False
+    ) -> list[_Row]:
         return [
-            self._page(rng, held_out=held_out) if n % 2 else self._photograph(rng, held_out=held_out)
+            self._page(rng, full=full) if n % 2 else self._photograph(rng, held_out=held_out)
             for n in range(batch)
         ]
 
-    def _page(self, rng: np.random.Generator, *, held_out: bool, size: tuple[int, int] | None = None) -> _Row:
-        page = pages.page(rng, held_out=held_out, size=size)
+    def _page(self, rng: np.random.Generator, **how: Any) -> _Row:
+        page = pages.page(rng, **how)
         answer = self.tokenizer.encode(f" {page.text}")
         return _Row(page.pixels, pages.QUESTION, answer, len(self._photographs.captions), page)
 
@@ -222,3 +225,12 @@ def texts(dataset: Dataset, prompts: Sequence[str]) -> list[str]:
     """What is said of pictures, for a tokenizer: captions and digits, as answers, and what is written around questions."""
     digits = [f" {pages.written((n, n))}" for n in range(10)]
     return [*dataset.captions, *(f" {caption}" for caption in dataset.captions), *digits, *prompts]
+
+
+class Photographs(Readings):
+    """The same without pages: a single small view cannot read them."""
+
+    def _rows(
+        self, rng: np.random.Generator, batch: int, *, held_out: bool = False, full: bool = False
+    ) -> list[_Row]:
+        return [self._photograph(rng, held_out=held_out) for _ in range(batch)]

@@ -1,6 +1,6 @@
 """Short sounds made by rule, with captions: no recordings, the smallest stand-in that has something to tell.
 
-A sound is half a second at 4 kHz. Pitch and loudness vary from draw to draw, a little.
+A sound is a quarter of a second at 4 kHz. Pitch and loudness vary from draw to draw, a little.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-RATE, LENGTH = 4000, 2048
+RATE, LENGTH = 4000, 1024
 CAPTIONS = ("a low tone", "a high tone", "a rising tone", "a falling tone", "a pulsing tone")
 _PITCH = (
     (200, 200),
@@ -27,12 +27,12 @@ _SECONDS = 8  # the longest file that is read
 
 def draw(rng: np.random.Generator, caption: int) -> NDArray[np.float32]:
     """One sound `[LENGTH]` between -1 and 1."""
-    first, last = (pitch * rng.uniform(0.97, 1.03) for pitch in _PITCH[caption])
+    first, last = (pitch * rng.uniform(0.998, 1.002) for pitch in _PITCH[caption])
     t = np.arange(LENGTH) / RATE
     phase = first * t + (last - first) * t * t * RATE / (2 * LENGTH)
     sound = rng.uniform(0.7, 1.0) * np.sin(2 * np.pi * phase)
     if caption == CAPTIONS.index("a pulsing tone"):
-        sound = sound * (np.floor(t * 12) % 2 == 0)
+        sound = sound * (np.floor(t * 24) % 2 == 0)
     return sound.astype(np.float32)
 
 

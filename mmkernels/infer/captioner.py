@@ -20,18 +20,7 @@ from mmkernels.data.pairs import INSTRUCTIONS
 from mmkernels.data.readings import Sight
 from mmkernels.data.sequences import MAX_IMAGES
 from mmkernels.data.tokenizer import IMAGE
-from mmkernels.models import (
-    CogVLM,
-    Lavin,
-    LlamaVid,
-    Llava,
-    MoeLlava,
-    Monkey,
-    MultimodalModel,
-    QwenVL,
-    Stage,
-    weights,
-)
+from mmkernels.models import CogVLM, Lavin, LlamaVid, Llava, Monkey, MultimodalModel, QwenVL, Stage, weights
 from mmkernels.models.llava_text import ask
 from mmkernels.models.qformer import Instruction
 from mmkernels.models.qwen_text import chat_prompt
@@ -124,7 +113,7 @@ class Captioner:
         return self.tokenizer.decode(answer[0].tolist()).strip()
 
     def _frames(self, frames: int) -> int:
-        if isinstance(self.model, CogVLM | Lavin | Llava | MoeLlava | QwenVL | Spliced):
+        if isinstance(self.model, CogVLM | Lavin | Llava | QwenVL | Spliced):
             raise ValueError("video: got one for a model of pictures, expected pictures")
         if not 1 <= frames <= MAX_FRAMES:
             raise ValueError(f"video: got {frames} frames, expected 1 to {MAX_FRAMES}")

@@ -54,10 +54,10 @@ Config = (
     | FuyuConfig
     | LavinConfig
     | LlamaVidConfig
+    | MoeLlavaConfig
     | LlavaConfig
     | LlavaUHDConfig
     | MonkeyConfig
-    | MoeLlavaConfig
     | NextGptConfig
     | QwenVLConfig
     | SlimeConfig
@@ -68,8 +68,8 @@ _FAMILIES = {
     FuyuConfig: Fuyu,
     LavinConfig: Lavin,
     LlamaVidConfig: LlamaVid,
-    LlavaConfig: Llava,
     MoeLlavaConfig: MoeLlava,
+    LlavaConfig: Llava,
     NextGptConfig: NextGpt,
     Blip2Config: Blip2,
     Blip2Seq2SeqConfig: Blip2Seq2Seq,

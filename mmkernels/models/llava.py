@@ -95,7 +95,8 @@ class Llava(MultimodalModel):
     def encode(self, images: Tensor, plans: Sequence[Plan] | None = None) -> Tensor:
         """Pictures -> the visual tokens `[V, C]` of all of them, one after another; a frozen side records no gradient.
 
-        **Shapes** images `[B, I, 3, S, S]`, or `[N, 3, S, S]` where rows have different numbers of them. With `plans`
+        **Shapes** images `[B, I, 3, S, S]`, or `[N, 3, S, S]` where rows have different numbers of them, or packed patches as
+        `features` takes them. With `plans`
         (`data.slicing.llava_next`), one a picture: the views of all of them as `[N, 3, S, S]`, the whole picture before its
         tiles, or `[I, T, 3, S, S]`, where views behind a picture's own are not read. A model of tiles that is given no plans
         takes every picture for a single tile.
@@ -123,8 +124,19 @@ class Llava(MultimodalModel):
         return order_views(self.features(images), plans, rounding=self.config.rounding)
 
     def features(self, images: Tensor) -> Tensor:
-        """images `[N, 3, S, S]` -> projected features `[N, P, C]`."""
-        return self.projector(self.vision(images).to(self.projector.input.weight.dtype))
+        """images `[N, 3, S, S]`, or the rows of their patches `[N * patches, 3 patch_size^2]` as `data.front_end` packs them,
+        -> projected features `[N, P, C]`.
+        """
+        v = self.config.vision
+        if images.dim() == 2:
+            views = _check.shapes(patches=(images, f"R {3 * v.patch_size**2}"))["R"] // v.patches
+            if len(images) != views * v.patches:
+                raise ValueError(f"patches: got {len(images)} rows, expected whole views of {v.patches}")
+            hw = torch.full((views, 2), v.image_size // v.patch_size, device=images.device)
+            x = self.vision(images, hw).view(views, v.patches + v.keep_class, v.width)
+        else:
+            x = self.vision(images)
+        return self.projector(x.to(self.projector.input.weight.dtype))
 
     def expand(
         self,
@@ -147,12 +159,12 @@ class Llava(MultimodalModel):
     def embed(self, input_ids: Tensor, media: Tensor | Media | None) -> Tensor:
         """Text embeddings `[B, T, C]` with the visual tokens (`[V, C]`, or what `look` gave) at the places for them."""
         place = input_ids == self.tokens.image
-        x = self.lm.embed(torch.where(place, 0, input_ids))
+        known = 0 <= self.tokens.image < self.config.lm.vocab
+        x = self.lm.embed(input_ids if known else torch.where(place, 0, input_ids))
         if isinstance(media, Tensor):
             _check.shapes(media=(media, f"V {x.shape[-1]}"))
             media = Media(media, torch.arange(media.shape[0], device=media.device))
         count = 0 if media is None else len(media.order)
-        self._check_places(place, count)
         if media is None or count == 0:
             return self.keep_reachable(x, [self.vision, self.projector], self.config.vision.image_size)
         at = (place.flatten().cumsum(0) - 1).clamp(0, count - 1)
@@ -160,9 +172,13 @@ class Llava(MultimodalModel):
         newline = None if self.image_newline is None else self.image_newline[None]
         return splice_embeddings(x, media.rows, positions, special=newline)
 
-    def _check_places(self, place: Tensor, rows: int) -> None:
-        if place.device.type != "cpu" or torch.compiler.is_compiling():
+    def condition(self, input_ids: Tensor, media: Tensor | Media | None, cache: Cache | None) -> None:
+        """Nothing between the blocks; on CPU places are counted where a text begins: later a model may write such tokens."""
+        rows = 0 if media is None else len(media.order if isinstance(media, Media) else media)
+        begins = cache is None or cache.text.length == 0
+        if not (begins or rows) or input_ids.device.type != "cpu" or torch.compiler.is_compiling():
             return  # looking at values would make the host wait
+        place = input_ids == self.tokens.image
         found = int(place.sum())
         if found != rows:
             counts = ", ".join(map(str, place.sum(1).tolist()))

@@ -108,7 +108,7 @@ _TOWERS = Stage(
     learning_rate=2e-3,
     schedule="cosine",
     warmup=0.1,
-    steps=400,
+    steps=700,
     betas=(0.9, 0.98),
 )
 
@@ -133,9 +133,7 @@ def _tiny(config: LlavaConfig, stages: tuple[Stage, ...], **changes: Any) -> Lla
     """A published model's ways at the size of a test."""
     tokens = Tokens(image=2, end_of_chunk=3, end_of_text=1, pad=0)
     tiny = {"vision": _TINY_TOWER, "lm": _TINY_LM, "tokens": tokens, "template": "short", **changes}
-    # a picture in tiles has as many views as a batch of others
-    towers = replace(_TOWERS, mix=dict.fromkeys(_TOWERS.mix, 1.0)) if config.aspect == "anyres" else _TOWERS
-    return replace(config, **tiny, stages=(towers, *stages))
+    return replace(config, **tiny, stages=(_TOWERS, *stages))
 
 
 def _tiny_stages(recipe: tuple[Stage, ...], *changes: Any) -> tuple[Stage, ...]:
@@ -165,16 +163,16 @@ LLAVA = {
     "svit-13b": _v1_5(language.LLAMA2_13B, _SVIT),
     "yi-vl-6b": _yi_vl(language.YI_6B),
     "yi-vl-34b": _yi_vl(language.YI_34B),
-    "llava-tiny": _tiny(_v1(language.LLAMA_7B), _tiny_stages(_V1, (2e-3, 100), (1e-3, 100))),
-    "llava-1.5-tiny": _tiny(_v1_5(language.LLAMA2_7B), _tiny_stages(_V1_5, (2e-3, 100), (1e-3, 100))),
+    "llava-tiny": _tiny(_v1(language.LLAMA_7B), _tiny_stages(_V1, (2e-3, 100), (2e-3, 400))),
+    "llava-1.5-tiny": _tiny(_v1_5(language.LLAMA2_7B), _tiny_stages(_V1_5, (2e-3, 100), (2e-3, 400))),
     "llava-next-tiny": _tiny(
         _next(language.LLAMA2_7B),
-        _tiny_stages(_TINY_NEXT, (2e-3, 75), (1e-3, 125)),
+        _tiny_stages(_TINY_NEXT, (2e-3, 100), (2e-3, 400)),
         pinpoints=tuple((w * 32 // 336, h * 32 // 336) for w, h in PINPOINTS),
     ),
     "yi-vl-tiny": _tiny(
         _yi_vl(language.YI_6B),
-        _tiny_stages(_yi(_TINY_H), (1e-3, 100, 24), (1e-3, 100), (1e-3, 100)),
+        _tiny_stages(_yi(_TINY_H), (1e-3, 100, 24), (1e-3, 100), (2e-3, 400)),
         vision=_TINY_H,
     ),
 }

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from mmkernels.layers._published import Rule, Table, renames
+from mmkernels.models.spliced import TOWER
 
-_TOWER = "model.vision_tower.vision_tower.vision_model."
 # newest first: where a release of Hugging Face's keeps the tower, the language model and its head, and what is beside them
 _LAYOUTS = (
     ("model.vision_tower.", "model.language_model.", "lm_head.", "model."),
@@ -23,7 +23,7 @@ def published(model: Any, source: str) -> Table:
         return _huggingface(model, tower)
     joint = model.projector.published(model.projector.sources[0])
     table = model.lm.published(model.lm.config.family).under("lm.", "")
-    table += tower.under("vision.", _TOWER) + joint.under("projector.", "model.mm_projector.")
+    table += tower.under("vision.", TOWER) + joint.under("projector.", "model.mm_projector.")
     table += Table((Rule("image_newline", ("model.image_newline",)),))
     return table + Table((), absent=() if source == "llava_next" else (r"vision\..*",))
 

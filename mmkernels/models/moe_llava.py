@@ -1,46 +1,30 @@
-"""MoE-LLaVA: a picture's patches in the text of a decoder whose feed-forwards are, in some layers, experts."""
+"""MoE-LLaVA: a LLaVA whose decoder has, in some layers, experts in the place of the feed-forward."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmkernels.layers._published import Table, renames
-from mmkernels.layers.decoder import Block, Decoder, DecoderConfig
+from mmkernels.layers.decoder import Block, Decoder
 from mmkernels.layers.moe import ExpertsConfig
-from mmkernels.layers.projector import Projector
 from mmkernels.layers.upcycling import Placement, has_experts, idle_parameters, make_dense, placed, upcycle
-from mmkernels.layers.vision import VisionConfig, VisionTower
-from mmkernels.models.base import Cache, MultimodalModel, Tokens, fill_places
-from mmkernels.models.places import expand_images
+from mmkernels.models.base import Cache
+from mmkernels.models.llava import Llava, LlavaConfig
 from mmkernels.models.stages import Stage
-from mmkernels.primitives import _check
 
 BALANCE = "balance"  # the loss by which a stage says that it trains experts
 
 
 @dataclass(frozen=True)
-class MoeLlavaConfig:
-    """A whole MoE-LLaVA. `placement` says which layers have experts (see `layers.upcycling.placed`).
+class MoeLlavaConfig(LlavaConfig):
+    """A `LlavaConfig` with `experts` in the layers of `placement` (see `layers.upcycling.placed`)."""
 
-    `stages` are its training recipe; the last one says what a freshly built model trains. `tokens.image` stands for one visual
-    token; it needs no row in the embedding.
-    """
-
-    vision: VisionConfig
-    lm: DecoderConfig
-    experts: ExpertsConfig
-    tokens: Tokens
-    stages: tuple[Stage, ...]
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     placement: Placement = "sparse"
-
-    @property
-    def places(self) -> int:
-        """Tokens of a picture."""
-        return self.vision.patches
 
 
 class Parameters(NamedTuple):
@@ -50,10 +34,10 @@ class Parameters(NamedTuple):
     activated: int
 
 
-class MoeLlava(MultimodalModel):
-    """See `MoeLlavaConfig`. Pictures take the places of `tokens.image` in the text, in order; `expand` makes room for them.
+class MoeLlava(Llava):
+    """See `MoeLlavaConfig`. `loss` has 0.01 of the layers' balancing losses, as published; padding is zero and is routed, as in
+    the published code.
 
-    The weight of the balancing losses in `loss` is 0.01, as published. Padding is zero and is routed, as in the published code.
     `enter` makes the model dense for a stage without the loss "balance", and gives it experts, copies of the dense
     feed-forwards, for one that has it.
     """
@@ -62,18 +46,17 @@ class MoeLlava(MultimodalModel):
     packs = False  # padding is routed, and counts towards the capacity
 
     def __init__(self, config: MoeLlavaConfig) -> None:
-        super().__init__()
-        self.config, self.tokens, c = config, config.tokens, config
-        self.layers = placed(c.placement, c.lm.layers)  # those with experts
-        self.vision = VisionTower(c.vision)
-        self.projector = Projector("mlp2x_gelu", c.vision.width, c.lm.block.width)
-        routed = replace(c.lm.block, experts=c.experts)
-        self.lm = Decoder(c.lm, (), lambda layer: Block(routed if layer in self.layers else c.lm.block))
-        c.stages[-1].freeze(self)
+        self.layers = placed(config.placement, config.lm.layers)  # those with experts
+        super().__init__(config)
+        e = config.experts
+        # without padding routing is the same only where nobody is ever dropped
+        self.packs = e.eval_capacity_factor is None or e.eval_capacity_factor * e.top_k >= e.experts
 
-    def stages(self) -> list[Stage]:
-        """The training recipe; see `Stage`."""
-        return list(self.config.stages)
+    def language_model(self) -> Decoder:
+        """The decoder, with its experts."""
+        lm = self.config.lm
+        routed = replace(lm.block, experts=self.config.experts)
+        return Decoder(lm, (), lambda layer: Block(routed if layer in self.layers else lm.block))
 
     def enter(self, stage: Stage) -> None:
         """Dense or with experts, as the stage needs it; then what it trains learns, and the rest does not."""
@@ -89,49 +72,6 @@ class MoeLlava(MultimodalModel):
         total = sum(p.numel() for p in self.lm.parameters())
         return Parameters(total, total - idle_parameters(self.lm))
 
-    def expand(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, frames: int = 1
-    ) -> tuple[Tensor, Tensor]:
-        """Ids with one token a picture -> ids and mask `[B, T']` with a place for every patch, padded on the right.
-
-        Without a mask all but the padding token counts as text. **Raises** ValueError for videos.
-        """
-        if frames != 1:
-            raise ValueError(f"frames: got {frames}, expected 1: MoE-LLaVA reads pictures")
-        mask = input_ids != self.tokens.pad if attention_mask is None else attention_mask
-        made = expand_images(input_ids, self.tokens, self.config.places, attention_mask=mask)
-        return made.ids, made.mask
-
-    def encode(self, images: Tensor) -> Tensor:
-        """images `[B, I, 3, H, W]` -> `[B, I, places, C]`."""
-        size = _check.shapes(images=(images, "B I 3 H W"))
-        patches = self.vision(images.flatten(0, 1))
-        return self.projector(patches.to(self.projector.input.weight.dtype)).unflatten(
-            0, (size["B"], size["I"])
-        )
-
-    def condition(self, input_ids: Tensor, media: Tensor | None, cache: Cache | None) -> None:
-        """Nothing between the blocks; on CPU the places are counted."""
-        rows = 0
-        if media is not None:
-            shape = f"B I {self.config.places} {self.config.lm.block.width}"
-            rows = self.config.places * _check.shapes(input_ids=(input_ids, "B T"), media=(media, shape))["I"]
-        if input_ids.device.type != "cpu" or torch.compiler.is_compiling():
-            return  # looking at values would make the host wait
-        counts = (input_ids == self.tokens.image).sum(1)
-        if bool(((counts != rows) & (counts != 0)).any()):
-            raise ValueError(
-                f"input_ids: got {counts.tolist()} image tokens, expected {rows} in every row, or 0 without any; see expand"
-            )
-
-    def embed(self, input_ids: Tensor, media: Tensor | None) -> Tensor:
-        """Token embeddings, a row's pictures at its places."""
-        place = input_ids == self.tokens.image
-        x = self.lm.embed(torch.where(place, 0, input_ids))
-        if media is None or media.shape[1] == 0:
-            return self.keep_reachable(x, [self.vision, self.projector], self.config.vision.image_size)
-        return fill_places(x, place, media.flatten(1, 2))
-
     def place(
         self, x: Tensor, attention_mask: Tensor | None, cache: Cache | None, condition: Any
     ) -> tuple[Tensor, Any]:
@@ -139,10 +79,6 @@ class MoeLlava(MultimodalModel):
         if attention_mask is not None:
             x = torch.where(attention_mask.unsqueeze(-1), x, 0)
         return super().place(x, attention_mask, cache, condition)
-
-    def _check(self, ids: Tensor, mask: Tensor | None, labels: Tensor | None, cache: Cache | None) -> None:
-        known = ids if ids.is_floating_point() else torch.where(ids == self.tokens.image, 0, ids)
-        super()._check(known, mask, labels, cache)
 
     def published(self, source: str) -> Table:
         """The released file: language model, projector, and CLIP where it was saved with them.
@@ -154,7 +90,5 @@ class MoeLlava(MultimodalModel):
         table = joint.under("projector.", f"{root}mm_projector.image_spatial_proj.")
         table += self.lm.published(self.config.lm.family).under("lm.", "")
         tower = self.vision.published("huggingface_clip")
-        beyond = (rf"encoder\.layers\.({'|'.join(map(str, range(self.config.vision.layers, 48)))})\..*",)
-        at = f"{root}image_tower.image_tower.vision_model."
-        table += replace(tower, within="").under("vision.", at)
-        return table + Table((), absent=(r"vision\..*",)) + Table((), ignored=beyond).under("", at)
+        table += tower.under("vision.", f"{root}image_tower.image_tower.vision_model.")
+        return table + Table((), absent=(r"vision\..*",))

@@ -94,11 +94,11 @@ _TOWERS = Stage(
         "makers.*",
     ),
     losses={"inputs": 1.0, "echoes": 1.0, "makers": 1.0},
-    mix={"inputs": 2.0, "echoes": 1.0, "makers": 1.0},
+    mix={"inputs": 4.0, "echoes": 1.0, "makers": 3.0},
     learning_rate=2e-3,
     schedule="cosine",
     warmup=0.1,
-    steps=350,
+    steps=600,
 )
 
 
@@ -124,11 +124,11 @@ NEXT_GPT = {
         (
             Signal(2, (495, 496, 497, 498), 8, 64, maker=MakerConfig((3, 32, 32), 8)),
             Signal(493, (499, 500, 501, 502, 503, 504), 8, 48, maker=MakerConfig((4, 3, 16, 16), 8)),
-            Signal(494, (505, 506, 507), 1, 32, maker=MakerConfig((2048,), 64)),
+            Signal(494, (505, 506, 507), 1, 32, maker=MakerConfig((1024,), 64)),
         ),
         (
             _TOWERS, *(_tiny(stage, rate, steps) for stage, rate, steps in
-                       zip(_stages(0.1), (4e-3, 2e-3, 2e-3), (100, 150, 200), strict=True)),
+                       zip(_stages(0.1), (4e-3, 2e-3, 2e-3), (300, 300, 400), strict=True)),
         ),
         joint=64,
         grouping=GroupingConfig(64, 4, (1, 1, 1), (16, 8, 0), (16, 8)),

@@ -65,6 +65,20 @@ def _flamingo(lm: DecoderConfig, every: int, stage: Stage = _OPEN_FLAMINGO) -> F
     return FlamingoConfig(CLIP_L, replace(lm, vocab=_VOCAB), CrossConfig(every), _GPT_NEOX, (stage,))
 
 
+_TINY = FlamingoConfig(
+    vision=VisionConfig(
+        image_size=32, patch_size=8, width=128, layers=3, heads=4, hidden=256, activation="gelu"
+    ),
+    lm=language.TINY,
+    cross=CrossConfig(every=2, heads=4, head_dim=32, ff_mult=2),
+    tokens=Tokens(image=2, end_of_chunk=3, end_of_text=1, pad=0),
+    stages=(_TOWERS, replace(_OPEN_FLAMINGO, learning_rate=4e-3, schedule="cosine", warmup=0.1, steps=350)),
+    resampler=ResamplerConfig(depth=2, heads=4, head_dim=32, latents=8, ff_mult=2, max_frames=8),
+)
+_OTTER_TINY = replace(  # pictures with captions one after another are examples in context
+    _OTTER, losses={"interleaved": 1.0}, mix={"interleaved": 1.0}, learning_rate=2e-3, warmup=0.1, steps=350
+)
+
 PRESETS = (
     COGVLM
     | FUYU
@@ -83,18 +97,7 @@ PRESETS = (
         "flamingo-4b": _flamingo(language.REDPAJAMA_3B, every=2),
         "flamingo-9b": _flamingo(language.MPT_7B, every=4),
         "otter-9b": _flamingo(language.MPT_7B, every=4, stage=_OTTER),
-        "flamingo-tiny": FlamingoConfig(
-            vision=VisionConfig(
-                image_size=32, patch_size=8, width=128, layers=3, heads=4, hidden=256, activation="gelu"
-            ),
-            lm=language.TINY,
-            cross=CrossConfig(every=2, heads=4, head_dim=32, ff_mult=2),
-            tokens=Tokens(image=2, end_of_chunk=3, end_of_text=1, pad=0),
-            stages=(
-                _TOWERS,
-                replace(_OPEN_FLAMINGO, learning_rate=4e-3, schedule="cosine", warmup=0.1, steps=350),
-            ),
-            resampler=ResamplerConfig(depth=2, heads=4, head_dim=32, latents=8, ff_mult=2, max_frames=8),
-        ),
+        "flamingo-tiny": _TINY,
+        "otter-tiny": replace(_TINY, stages=(_TOWERS, _OTTER_TINY)),
     }
 )

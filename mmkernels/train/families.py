@@ -84,7 +84,9 @@ _FAMILIES = {
     LavinConfig: Family(lavin.mixtures, lavin.LavinObjectives, lavin.measure),
     LlamaVidConfig: Family(_videos, video.VideoObjectives, video.measure),
     LlavaConfig: Family(llava.readings, llava.LlavaObjectives, llava.measure, llava.texts),
-    MoeLlavaConfig: Family(moe_llava.pairs, moe_llava.MoeLlavaObjectives, moe_llava.measure),
+    MoeLlavaConfig: Family(
+        moe_llava.photographs, moe_llava.MoeLlavaObjectives, moe_llava.measure, llava.texts
+    ),
     NextGptConfig: Family(
         next_gpt.switching, next_gpt.NextGptObjectives, next_gpt.measure, next_gpt.texts, next_gpt.words
     ),

@@ -15,6 +15,7 @@ from mmkernels.data.pages import QUESTION as WRITTEN
 from mmkernels.data.readings import SLOTS, ReadingBatch, Sight
 from mmkernels.data.readings import texts as reading_texts
 from mmkernels.models import Stage
+from mmkernels.models.base import IGNORE
 from mmkernels.models.llava_text import ask
 from mmkernels.train.evaluate import evaluating, right, shuffle
 from mmkernels.train.objectives import Objectives
@@ -26,7 +27,9 @@ def texts(dataset: Dataset, config: Any) -> list[str]:
     return reading_texts(dataset, [ask(config.template, question) for question in (QUESTION, WRITTEN)])
 
 
-def readings(dataset: Dataset, tokenizer: Tokenizer, config: Any, seed: int) -> Readings:
+def readings(
+    dataset: Dataset, tokenizer: Tokenizer, config: Any, seed: int, kind: type[Readings] = Readings
+) -> Readings:
     """The data of a run, with the pictures' size of its last stage: so they are held out."""
     size = config.stages[-1].image_size or config.vision.image_size
     sight = Sight(config.aspect, size, config.vision.patch_size, config.pinpoints, config.rounding)
@@ -34,7 +37,7 @@ def readings(dataset: Dataset, tokenizer: Tokenizer, config: Any, seed: int) -> 
     def asked(question: str) -> list[int]:
         return tokenizer.encode(ask(config.template, question))
 
-    return Readings(dataset, tokenizer, sight, ask=asked, seed=seed)
+    return kind(dataset, tokenizer, sight, ask=asked, seed=seed)
 
 
 class LlavaObjectives(Objectives):
@@ -71,7 +74,11 @@ class LlavaObjectives(Objectives):
         if name == "patches":
             pixels, kinds = (t.to(self.device) for t in drawn.shown(number, size))
             told = self.head.read(self.model.vision(pixels))
-            return F.cross_entropy(told.flatten(0, -2), kinds.flatten())
+            held = kinds.where(kinds != drawn.nothing, IGNORE)  # once more without what is easy
+            every, rare = (
+                F.cross_entropy(told.flatten(0, -2), k.flatten(), ignore_index=IGNORE) for k in (kinds, held)
+            )
+            return every + rare
         batch: ReadingBatch = getattr(drawn, name)(number, size)
         if name == "echoes":
             return self.run(self.model, batch, media=self.head.code(batch.kinds.to(self.device))).loss

@@ -1,4 +1,4 @@
-"""Training of MoE-LLaVA: answers about pictures, dense and then with experts; who is right, and which experts are busy."""
+"""Training of MoE-LLaVA: a LLaVA's answers, dense and then with experts, and which experts are busy."""
 
 from __future__ import annotations
 
@@ -7,43 +7,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.data import Batch, Dataset, Pairs, Tokenizer
+from mmkernels.data import Dataset, Photographs, Readings, Tokenizer
+from mmkernels.data.readings import ReadingBatch
 from mmkernels.layers.moe import MoE
-from mmkernels.models import MoeLlavaConfig, Stage
-from mmkernels.models.base import IGNORE, next_token_loss
+from mmkernels.models import Stage
+from mmkernels.models.base import next_token_loss
 from mmkernels.models.moe_llava import BALANCE
+from mmkernels.train import llava
 from mmkernels.train.evaluate import evaluating, last_image
-from mmkernels.train.objectives import Objectives
+from mmkernels.train.llava import LlavaObjectives
 
 HELD_OUT, _BATCH = 256, 64  # pictures that are tried when a stage ends, and at a time
 MODALITIES = ("image", "text")
 
 
-def pairs(dataset: Dataset, tokenizer: Tokenizer, config: MoeLlavaConfig, seed: int) -> Pairs:
-    """The data of a run: a picture's places, a question, a caption."""
-    return Pairs(dataset, tokenizer, config.vision.image_size, seed=seed, places=config.places, asks=True)
+def photographs(dataset: Dataset, tokenizer: Tokenizer, config: Any, seed: int) -> Readings:
+    """The data of a run: photographs and scans of many sizes, of which something is asked."""
+    return llava.readings(dataset, tokenizer, config, seed, Photographs)
 
 
-def plain(s: Pairs) -> Pairs:
-    """The same pictures, of which nothing is asked."""
-    return Pairs(s.dataset, s.tokenizer, s.size, seed=s.seed, places=s.places)
-
-
-class MoeLlavaObjectives(Objectives):
-    """`pictures`: the mean patch tells the caption's number. The others predict captions: `echoes` behind their own words in
-    the places of a picture, `captions` behind the picture, `instructions` behind the picture and a question. `balance` is the
-    experts' balancing loss in the last of these passes.
-    """
-
-    model: Any
-    sequences: Any
-
-    def __init__(self, model: Any, sequences: Pairs, batch: int, device: str) -> None:
-        super().__init__(model, sequences, batch, device)
-        self.plain = plain(sequences)
+class MoeLlavaObjectives(LlavaObjectives):
+    """As for other LLaVAs; `balance` is the experts' balancing loss in the last of a step's passes."""
 
     def names(self) -> tuple[str, ...]:
-        return ("pictures", "echoes", "captions", "instructions", BALANCE)
+        return (*super().names(), BALANCE)
 
     def passes(self, stage: Stage) -> list[tuple[str, ...]]:
         names = [name for name in stage.losses if name != BALANCE]
@@ -51,37 +38,19 @@ class MoeLlavaObjectives(Objectives):
         return [*((name,) for name in names[:-1]), last]
 
     def losses(self, names: tuple[str, ...], number: int, stage: Stage) -> dict[str, Tensor]:
-        if names[0] == "pictures" or names[0] not in self.names():
+        if BALANCE not in names:
             return super().losses(names, number, stage)
-        draw = {
-            "echoes": self.plain.echoes,
-            "captions": self.plain.captions,
-            "instructions": self.sequences.captions,
+        drawn = self._at(stage.image_size or self.model.config.vision.image_size)
+        batch: ReadingBatch = getattr(drawn, names[0])(number, self._size(names[0], stage.mix))
+        output = self.run(self.model, batch, images=batch.images.to(self.device), plans=batch.plans)
+        return {
+            names[0]: next_token_loss(output.logits, batch.labels.to(self.device)),
+            BALANCE: output.aux_loss,
         }
-        batch: Batch = draw[names[0]](number, self._size(names[0], stage.mix))
-        ids, mask = batch.input_ids.to(self.device), batch.attention_mask.to(self.device)
-        images: Tensor | None = batch.images.to(self.device)
-        if names[0] == "echoes":  # words stand in the places, and nothing in the others
-            images, ids = None, torch.where(ids == self.model.tokens.image, self.model.tokens.pad, ids)
-        output: Any = self.model(images, ids, mask)
-        found = {names[0]: next_token_loss(output.logits, answer_labels(batch).to(self.device))}
-        return found | dict.fromkeys(names[1:], output.aux_loss)
-
-    def loss(self, name: str, number: int, stage: Stage) -> Tensor:
-        if name == "pictures" or name not in self.names():
-            return super().loss(name, number, stage)
-        return self.losses((name,), number, stage)[name]
-
-
-def answer_labels(batch: Batch) -> Tensor:
-    """The answers, and the end of text that follows each."""
-    position = torch.arange(batch.input_ids.shape[1])
-    inside = (position >= batch.answers[:, :1]) & batch.attention_mask
-    return torch.where(inside, batch.input_ids, IGNORE)
 
 
 @torch.no_grad()
-def expert_use(model: Any, sequences: Pairs, pictures: int) -> dict[str, Any]:
+def expert_use(model: Any, sequences: Readings, pictures: int) -> dict[str, Any]:
     """Which share of its routes each modality sends to each expert, layer by layer, on held-out pictures.
 
     `layers` are their numbers; `image` and `text` have a list of E shares for each of them. Padding does not count.
@@ -92,7 +61,7 @@ def expert_use(model: Any, sequences: Pairs, pictures: int) -> dict[str, Any]:
     for number in range(-(-pictures // _BATCH)):
         batch = sequences.held_out(number, min(_BATCH, pictures - number * _BATCH))
         ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
-        routings = model(batch.images.to(device), ids, mask).routings
+        routings = model(batch.images.to(device), ids, mask, plans=batch.plans).routings
         place = (ids == model.tokens.image).flatten()
         for layer, routing in enumerate(routings):
             for n, these in enumerate((place, mask.flatten() & ~place)):
@@ -103,19 +72,20 @@ def expert_use(model: Any, sequences: Pairs, pictures: int) -> dict[str, Any]:
     return {"layers": list(model.layers), **use}
 
 
-def measure(model: Any, sequences: Pairs, stage: Stage) -> dict[str, Any]:
-    """After each stage: held-out captions with the picture and with another one, with a question where the stage has questions;
-    with experts, how busy each of them is.
+def measure(model: Any, sequences: Readings, stage: Stage) -> dict[str, Any]:
+    """After a stage that learns from pictures: held-out answers with the picture and with another one; with experts, how busy
+    each of them is.
     """
-    asked = sequences if "instructions" in stage.losses else plain(sequences)
-    hits = MoeLlavaObjectives(model, sequences, 1, str(next(model.parameters()).device)).hits
+    if not {"pairs", "instructions"} & {*stage.losses}:
+        return {}
+    right: Any = llava.hits
     with evaluating(model):
         figures: dict[str, Any] = {
-            name: last_image(model, asked, HELD_OUT, shuffled=other, hits=hits).accuracy
+            name: last_image(model, sequences, HELD_OUT, shuffled=other, hits=right).accuracy
             for name, other in (("with the picture", False), ("with another picture", True))
         }
         if BALANCE in stage.losses:
             use = expert_use(model, sequences, HELD_OUT)
-            busiest = [max(share) for name in MODALITIES for share in use[name]]
-            figures |= {"share of the busiest expert": max(busiest), "experts": use}
+            busiest = max(max(share) for name in MODALITIES for share in use[name])
+            figures |= {"share of the busiest expert": busiest, "experts": use}
     return figures

@@ -90,8 +90,10 @@ class NextGptObjectives(Objectives):
             raise ValueError(f"stage {stage.name!r}: loss {name!r} is unknown, expected one of {known}")
         size = self._size(name, stage.mix)
         if name in ("inputs", "makers"):
-            part = self._named if name == "inputs" else self._made
-            return torch.stack([part(m, number, -(-size // 3)) for m in range(3)]).mean()
+            part = self._named if name == "inputs" else self._made  # pictures are half of them
+            return torch.stack(
+                [part(m, number, max(1, size // (2 if m == 0 else 4))) for m in range(3)]
+            ).mean()
         batch: SwitchBatch = getattr(self.sequences, name)(number, size)
         loss = self.model(
             **given(batch, self.device), labels=batch.labels.to(self.device), targets=self.targets(batch)

@@ -25,12 +25,14 @@ from mmkernels import data, models
 from mmkernels.data import Tokenizer, store
 from mmkernels.models import Stage, weights
 from mmkernels.train import checkpoint, config
+from mmkernels.train.board import Board
 from mmkernels.train.config import Run
 from mmkernels.train.evaluate import Score, evaluating, last_image
 from mmkernels.train.families import family
 from mmkernels.train.log import Log, read
 from mmkernels.train.objectives import Objectives as Objectives
 from mmkernels.train.schedule import learning_rate
+from mmkernels.train.throughput import Throughput
 
 HELD_OUT = 512  # documents of the closing evaluation
 RESULT = "result.json"
@@ -61,7 +63,9 @@ class Result:
 class Trainer:
     """A run at the step where it stands: at first fresh, after `resume()` where its folder's latest checkpoint left it."""
 
-    def __init__(self, run: Run, out: Path, *, device: str = "cpu", save_every: int = 50) -> None:
+    def __init__(
+        self, run: Run, out: Path, *, device: str = "cpu", save_every: int = 50, recompute: bool = False
+    ) -> None:
         self.run, self.out, self.device, self.save_every = run, out, device, save_every
         self.stages = run.stages()
         torch.manual_seed(run.seed)
@@ -72,6 +76,10 @@ class Trainer:
         self.tokenizer = Tokenizer.train(texts, words)
         self.sequences = self.family.sequences(dataset, self.tokenizer, model.config, run.seed)
         self.objectives = self.family.objectives(model, self.sequences, run.batch, device)
+        if recompute and not hasattr(model.lm, "blocks"):
+            raise ValueError(f"recompute: got it for {run.model}, an encoder-decoder; expected a decoder")
+        self.model.recompute = recompute
+        self.throughput = Throughput(self.model, device)
         self.step = 0
         self._enter(0)
 
@@ -90,6 +98,7 @@ class Trainer:
         self.stage: Stage = self.stages[index][0]
         self.start = sum(steps for _, steps in self.stages[:index])
         self.model.enter(self.stage)
+        self.throughput.begin_stage()
         self.optimizer = torch.optim.AdamW(
             self.objectives.parameters(self.stage), lr=self.stage.learning_rate, betas=self.stage.betas
         )
@@ -101,12 +110,8 @@ class Trainer:
             self.objectives.begin(self.stage)
         begun, number = time.perf_counter(), self.step
         rate = learning_rate(self.stage, number - self.start, self.stages[self.index][1])
-        losses = {}
-        for names in self.objectives.passes(self.stage):
-            with self._autocast():
-                found = self.objectives.losses(names, number, self.stage)
-            reduce(add, (self.stage.losses[name] * loss for name, loss in found.items())).backward()
-            losses |= {name: loss.item() for name, loss in found.items()}
+        with self.throughput.step():
+            losses = self._gradients(number)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.stage.clip).item()
         if not all(map(math.isfinite, (norm, *losses.values()))):
@@ -117,11 +122,21 @@ class Trainer:
         self.optimizer.zero_grad()
         self.step += 1
         total = sum(weight * losses[name] for name, weight in self.stage.losses.items())
-        seconds = round(time.perf_counter() - begun, 4)
+        seconds = time.perf_counter() - begun
         return {
             "step": self.step, "stage": self.stage.name, "loss": total, "losses": losses, "rate": rate, "norm": norm,
-            "seconds": seconds,
+            "seconds": round(seconds, 4), **self.throughput.record(seconds),
         }  # fmt: skip
+
+    def _gradients(self, number: int) -> dict[str, float]:
+        """Every loss of a step, its gradients left in the parameters."""
+        losses = {}
+        for names in self.objectives.passes(self.stage):
+            with self._autocast():
+                found = self.objectives.losses(names, number, self.stage)
+            reduce(add, (self.stage.losses[name] * loss for name, loss in found.items())).backward()
+            losses |= {name: loss.item() for name, loss in found.items()}
+        return losses
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.run.precision == "float32":
@@ -203,40 +218,46 @@ def train(
     resume: str = "auto",
     device: str = "cpu",
     save_every: int = 50,
+    recompute: bool = False,
+    tensorboard: bool = False,
     observe: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> Result:
     """Trains a run in the folder `out` from where it stands to its end, and evaluates it on held-out documents.
 
-    `observe` is called with every step's record, as `log.jsonl` keeps it.
+    `observe` is called with every step's record, as `log.jsonl` keeps it; `tensorboard` writes it for TensorBoard too.
+    `recompute` keeps less for the backward pass (`models.recompute`); the numbers stay the same bits.
     **Raises** ValueError for a folder that is another run's, or a damaged checkpoint; Diverged, naming the last good one.
     """
     config.check_folder(run, out, resume)
-    trainer = Trainer(run, out, device=device, save_every=save_every)
+    trainer = Trainer(run, out, device=device, save_every=save_every, recompute=recompute)
     config.claim(run, out)
     with store.locked(out):
         store.tidy(out, checkpoint.KEEP)
         trainer.resume()
-        log = Log(out, trainer.step)
+        logs = [Log(out, trainer.step), *([Board(out, trainer.step)] if tensorboard else [])]
         try:
-            _loop(trainer, log, observe)
+            _loop(trainer, logs, observe)
         finally:
-            log.close()
+            for log in logs:
+                log.close()
         result = _evaluate(trainer)
         store.write(out / RESULT, store.to_json(asdict(result)))
     return result
 
 
-def _loop(trainer: Trainer, log: Log, observe: Callable[[dict[str, Any]], None]) -> None:
+def _loop(trainer: Trainer, logs: list[Log | Board], observe: Callable[[dict[str, Any]], None]) -> None:
     total = trainer.run.total()
     while trainer.step < total:
         record = trainer.take_step()
         measured = trainer.measure()
         if measured:
             record["held_out"] = measured
-        log.append(record)
+        for log in logs:
+            log.append(record)
         observe(record)
         if trainer.step % trainer.save_every == 0 or trainer.step == total:
-            log.flush()
+            for log in logs:
+                log.flush()
             trainer.save()
 
 

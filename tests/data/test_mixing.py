@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from mmkernels.data.mixing import Mixture, explicit, square_root
+from mmkernels.data.mixing import Mixture, capped, explicit, square_root
 
 
 def test_square_roots():
     assert square_root({"a": 100, "b": 400, "c": 900}) == pytest.approx({"a": 1 / 6, "b": 2 / 6, "c": 3 / 6})
+
+
+def test_a_large_set_counts_as_no_more_than_the_cap():
+    assert capped({"a": 1e6, "b": 50_000, "c": 25_000}) == {"a": 0.4, "b": 0.4, "c": 0.2}
+    assert capped({"a": 3, "b": 1}, 2) == pytest.approx({"a": 2 / 3, "b": 1 / 3})
+    with pytest.raises(ValueError, match="most: got 0, expected a number above 0"):
+        capped({"a": 3}, 0)
+    with pytest.raises(ValueError, match="sizes: got "):
+        capped({})
 
 
 def test_explicit_ratios_are_made_to_sum_to_one():

@@ -111,6 +111,26 @@ def test_a_batch_of_sizes(model):
     assert torch.equal(out[2:], last)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("keep_class", [False, True])
+def test_packed_patches_are_the_same_views(model, keep_class):
+    """As the front end gives them: rows of patches, channels outermost, view after view."""
+    model.config = replace(model.config, vision=replace(model.config.vision, keep_class=keep_class))
+    model.vision.config = model.config.vision
+    views = torch.randn(5, 3, 28, 28, generator=torch.Generator().manual_seed(1))
+    patches = views.view(5, 3, 2, 14, 2, 14).permute(0, 2, 4, 1, 3, 5).reshape(20, 588)
+    torch.testing.assert_close(model.features(patches), model.features(views), rtol=1e-5, atol=1e-5)
+    if not keep_class:
+        plans = [plan(model, 56, 56)]
+        torch.testing.assert_close(
+            model.encode(patches, plans), model.encode(views, plans), rtol=1e-5, atol=1e-5
+        )
+    with pytest.raises(ValueError, match="patches: got 18 rows, expected whole views of 4"):
+        model.features(patches[:18])
+    model.config = replace(model.config, vision=replace(model.config.vision, keep_class=False))
+    model.vision.config = model.config.vision
+
+
 def test_newlines_learn_with_the_text(model):
     model.train()
     for stage in models.config("llava-next-7b").stages:

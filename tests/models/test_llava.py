@@ -166,6 +166,18 @@ def test_an_image_token_without_a_row_in_the_embedding(model):
     assert torch.equal(other(images, torch.where(row == 2, -200, row)).logits, model(images, row).logits)
 
 
+@torch.no_grad()
+def test_a_model_may_write_the_image_token(model):
+    """It has a row in a small vocabulary, and no picture comes with it then."""
+    row, cache = torch.tensor([[*IMAGE, 7, 8]]), model.new_cache(1, 8)
+    model(pictures(1), row, cache=cache)
+    assert model(None, torch.tensor([[2]]), cache=cache).logits.shape == (1, 1, 60)
+    biased = copy.deepcopy(model)
+    biased.lm.head.weight.zero_()
+    biased.lm.head.weight[2] = 1.0
+    assert biased.generate(pictures(1), row, max_new_tokens=3, stop=()).shape == (1, 3)
+
+
 def test_a_batch_without_pictures_reaches_all_parameters(model):
     model = copy.deepcopy(model).train()
     row = torch.tensor([[7, 8, 9]])

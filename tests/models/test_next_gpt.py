@@ -28,7 +28,7 @@ def model() -> Any:
 
 def inputs(rows: int, frames: int = 2) -> tuple[torch.Tensor, ...]:
     g = torch.Generator().manual_seed(3)
-    shapes = (1, 3, 32, 32), (1, frames, 3, 32, 32), (1, 2048)
+    shapes = (1, 3, 32, 32), (1, frames, 3, 32, 32), (1, 1024)
     return tuple(torch.randn(rows, *s, generator=g) for s in shapes)
 
 

@@ -16,12 +16,12 @@ TINY: Any = models.config("next_gpt-tiny")
 
 def test_an_encoder_gives_one_vector_and_means_its_clips():
     model: Any = models.build("next_gpt-tiny").eval()
-    videos, audios = torch.randn(2, 1, 3, 3, 32, 32), torch.randn(2, 1, 2048)
+    videos, audios = torch.randn(2, 1, 3, 3, 32, 32), torch.randn(2, 1, 1024)
     apart = model.vision(videos[:, 0].flatten(0, 1).unsqueeze(1))
     torch.testing.assert_close(apart.norm(dim=-1), torch.ones(6))
     torch.testing.assert_close(model.read("video", videos)[:, 0], apart.unflatten(0, (2, 3)).mean(1))
     assert model.read("audio", audios).shape == (2, 1, 64)
-    tone = torch.sin(torch.arange(2048) * (2 * torch.pi * 10 / 64))[None]  # 10 periods of 64 samples: row 9
+    tone = torch.sin(torch.arange(1024) * (2 * torch.pi * 10 / 64))[None]  # 10 periods of 64 samples: row 9
     assert spectrogram(tone, 32)[0, 0].mean(1).argmax() == 9
     with pytest.raises(ValueError, match="wave: got 10 samples, expected 64"):
         spectrogram(torch.zeros(1, 10), 32)

@@ -14,6 +14,9 @@ from mmkernels.integrations import hf
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # theirs, of one version or another
 MAKERS = ALL | VARIANTS
+# calls that take torch's attention for want of ours
+HIDDEN = "gradients of rows whose additive mask hides every key"
+EXACT = {"idefics_holes": {HIDDEN}, "idefics_qk_norm": {HIDDEN}}
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +56,7 @@ def test_outputs_and_gradients(name):
     theirs, exact = _results(model, inputs), _results(*_wide(model, inputs))
     assert hf.patch(model)
     ours = _results(model, inputs)
-    assert not hf.explain()  # no call took torch's path for want of ours
+    assert set(hf.explain()) <= EXACT.get(name, set())
     assert ours.keys() == theirs.keys() == exact.keys()
     # a whole model away, eager's error is one draw that may be lucky, and gradients may cancel (a key's bias: exactly 0): the
     # rounding step is 8 of the model's largest gradient

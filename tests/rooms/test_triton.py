@@ -44,14 +44,20 @@ SKIPPED = {  # refused; slow; float64 alone; told nothing new by
     "gated_cross_attention": ("width-20", "many-tiles"),
     "grouped_linear": ("100-groups", "512-groups", "quick_gelu", "all-in-one-group", "in-order", "lora-segments"),
     "route_groups": (),
+    "moe_route": ("probs", "top1", "512-experts"),
+    "moe": ("512-experts", "quick-gelu", "silu", "many-gelu"),
     "visual_expert": ("gelu", "quick-gelu", "batch-qkv"),
+    "sliced_image": ("layer", "alike", "one-row"),
+    "segment_lora": ("layer",),
+    "splice_embeddings": (),
     "resampler": ("width-20", "many-tiles", "width-88", "absorbed", "absorbed-even", "absorbed-by-groups", "small",
                   "small-ragged", "small-shared", "media-alone", "ragged-alone", "ragged-one-image", "perceiver", "shared",
                   "shared-own", "no-media-but-own"),
 }  # fmt: skip
 LEAST = {
     "interval_attention": 60, "gated_cross_attention": 15, "grouped_linear": 25, "route_groups": 15, "resampler": 10,
-    "visual_expert": 20,
+    "visual_expert": 20, "sliced_image": 5, "segment_lora": 6, "splice_embeddings": 8,
+    "moe_route": 10, "moe": 10,
 }  # fmt: skip
 
 

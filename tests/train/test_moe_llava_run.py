@@ -15,7 +15,8 @@ from mmkernels import data, models
 from mmkernels.infer import Captioner
 from mmkernels.layers import MLP, MoE
 from mmkernels.train import Run, Trainer, draw, moe_llava, train, trainer
-from mmkernels.train.moe_llava import MoeLlavaObjectives, answer_labels, expert_use, pairs
+from mmkernels.train.llava import texts as reading_texts
+from mmkernels.train.moe_llava import MoeLlavaObjectives, expert_use, photographs
 
 
 @pytest.fixture(autouse=True)
@@ -27,16 +28,16 @@ def _one_thread():
 
 
 @pytest.fixture(scope="module")
-def setting() -> tuple[Any, data.Pairs]:
+def setting() -> tuple[Any, data.Readings]:
     torch.manual_seed(0)
     dataset, model = data.build("digits"), models.build("moe_llava-tiny")
     config: Any = model.config
-    return model, pairs(dataset, data.Tokenizer.train(dataset.captions, 512), config, 0)
+    tokenizer = data.Tokenizer.train(reading_texts(dataset, config), 512)
+    return model, photographs(dataset, tokenizer, config, 0)
 
 
 @pytest.mark.parametrize(
-    ("name", "stage"),
-    [("pictures", 0), ("echoes", 0), ("captions", 1), ("instructions", 2), ("instructions", 3)],
+    ("name", "stage"), [("patches", 0), ("echoes", 0), ("pairs", 1), ("instructions", 2), ("instructions", 3)]
 )
 def test_every_loss_learns_its_batch(setting, name, stage):
     model, drawn = setting
@@ -53,25 +54,14 @@ def test_balance_comes_from_the_pass_before_it(setting):
     stage, objectives = model.stages()[3], MoeLlavaObjectives(model, drawn, 4, "cpu")
     model.enter(stage)
     assert objectives.passes(stage) == [("instructions", "balance")]
-    assert objectives.passes(model.stages()[0]) == [("pictures",), ("echoes",)]
+    assert objectives.passes(model.stages()[0]) == [("patches",), ("echoes",)]
     found = objectives.losses(("instructions", "balance"), 0, stage)
-    batch = drawn.captions(0, 4)
-    output = model(batch.images, batch.input_ids, batch.attention_mask, answer_labels(batch))
+    batch = drawn.instructions(0, 4)
+    output = model(batch.images, batch.input_ids, batch.attention_mask, batch.labels)
     torch.testing.assert_close(found["instructions"] + 0.01 * found["balance"], output.loss)
-    with pytest.raises(
-        ValueError, match="loss 'text' is unknown, expected one of pictures, echoes, captions"
-    ):
+    assert found["balance"] >= 1 and found["balance"].requires_grad
+    with pytest.raises(ValueError, match="loss 'text' is unknown, expected one of patches, echoes, pairs"):
         objectives.loss("text", 0, replace(stage, mix={"text": 1.0}))
-
-
-def test_answers_alone_are_predicted_and_questions_stand_before_them(setting):
-    _, drawn = setting
-    batch = drawn.captions(0, 4)
-    labels = answer_labels(batch)
-    for row, label, (start, end) in zip(batch.input_ids, labels, batch.answers.tolist(), strict=True):
-        assert (label[:start] == -100).all() and torch.equal(label[start : end + 1], row[start : end + 1])
-        assert (label[end + 1 :] == -100).all()
-        assert drawn.tokenizer.decode(row[16:start].tolist())[-1] in "?."
 
 
 def test_use_of_experts_is_counted_by_modality():
@@ -80,10 +70,10 @@ def test_use_of_experts_is_counted_by_modality():
     ids = torch.tensor([[2, 2, 9, 9, 0], [2, 2, 9, 0, 0]])
     experts = torch.where((ids.flatten() == 2).unsqueeze(1), torch.tensor([0, 1]), torch.tensor([2, 3]))
     moe = MoE(8, 8, 4, 2)
-    batch = SimpleNamespace(images=torch.zeros(2, 1), input_ids=ids, attention_mask=ids != 0)
+    batch = SimpleNamespace(images=torch.zeros(2, 1), input_ids=ids, attention_mask=ids != 0, plans=None)
 
     class Model(torch.nn.Linear):
-        def forward(self, *_: Any) -> Any:
+        def forward(self, *_: Any, plans: Any) -> Any:
             return SimpleNamespace(routings=[SimpleNamespace(experts=experts.int())])
 
     model: Any = Model(1, 1)
@@ -100,7 +90,7 @@ def test_a_run_through_all_stages(tmp_path, monkeypatch):
     run = Run(model="moe_llava-tiny", steps=4, batch=2)
     monkeypatch.setattr(Run, "stages", lambda run: [(s, 1) for s in models.config(run.model).stages])
     result = train(run, tmp_path / "run", save_every=1)
-    assert list(result.held_out) == ["towers", "projector", "instructions", "experts"]
+    assert list(result.held_out) == ["projector", "instructions", "experts"]
     use = result.held_out["experts"]["experts"]
     assert use["layers"] == [0, 2] and all(abs(sum(row) - 1) < 1e-6 for row in use["image"] + use["text"])
     assert "experts" not in result.held_out["instructions"]

@@ -31,7 +31,10 @@ def start(folder, moment="never", count=0):
 
 def curve(folder):
     """The log without its clock; floats are compared as they are written, bit for bit."""
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in read(folder)]
+    return [
+        {key: value for key, value in record.items() if key not in ("seconds", "speed")}
+        for record in read(folder)
+    ]
 
 
 def content(folder):

@@ -46,7 +46,7 @@ def attention(
         )
     if not reason and (attention_mask is not None or causal) and not _torch_wins(query, key, attention_mask):
         found = _causal(query) if causal else _find(attention_mask, query.shape[2], key.shape[2])  # type: ignore[arg-type]
-        reason = found.reason
+        reason = found.reason or _learns_from_nothing(found, query, key)
     if reason:
         REASONS[reason] += 1
     if reason or found is None:
@@ -83,6 +83,16 @@ def _torch_wins(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
     """Whether one row per sequence with heads of its own is served faster by torch: measured, on CPU in float32."""
     single = query.shape[2] == 1 and query.shape[1] == key.shape[1]
     return single and query.device.type == "cpu" and query.dtype == torch.float32 and mask is None
+
+
+def _learns_from_nothing(found: Seen, query: Tensor, key: Tensor) -> str:
+    """Their autograd gives scores a gradient through an average that no score can move; ours would not."""
+    learns = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    return (
+        "gradients of rows whose additive mask hides every key"
+        if learns and found.uniform is not None
+        else ""
+    )
 
 
 def _find(mask: Tensor, rows: int, keys: int) -> Seen:

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from mmkernels.integrations.hf import _masks
 from mmkernels.integrations.hf._attention import REASONS, attend, attention
 from mmkernels.integrations.hf._experts import experts
+from mmkernels.integrations.hf._kept import kept
 from mmkernels.integrations.hf._masks import Seen
 from mmkernels.ops.gated_cross_attention import gated_cross_attention
 
 Forward = Callable[..., Any]
+FEW = 128  # rows of a segment, on average
 
 
 def _plain(*layers: nn.Module) -> bool:
@@ -58,6 +60,7 @@ def idefics_gated_layer(original: Forward) -> Forward:
         if (
             found is None
             or found.reason
+            or found.order is not None
             or len(found.runs) > 1
             or any(v is not None for v in _caches(kwargs))
         ):
@@ -66,9 +69,8 @@ def idefics_gated_layer(original: Forward) -> Forward:
                 cross_attention_gate=gate, **kwargs,
             )  # fmt: skip
         lo, hi = _flat(found, gate, images.shape[1])  # type: ignore[arg-type, union-attr]
-        k, v = (
-            layer(images).view(-1, cross.num_heads, cross.head_dim) for layer in (cross.k_proj, cross.v_proj)
-        )
+        assert images is not None
+        k, v = kept(self, images, (cross.k_proj.weight, cross.v_proj.weight), lambda: _media(cross, images))
         x = gated_cross_attention(
             hidden_states, k, v, lo, hi, norm_weight=self.input_layernorm.weight, norm_bias=None,
             w_q=cross.q_proj.weight, w_o=cross.o_proj.weight, gate=self.alpha_cross_attn.flatten(), heads=cross.num_heads,
@@ -77,6 +79,11 @@ def idefics_gated_layer(original: Forward) -> Forward:
         return x + self.act_dense(self.alpha_dense) * self.mlp(self.post_attention_layernorm(x))
 
     return forward
+
+
+def _media(cross: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    k, v = (layer(images).view(-1, cross.num_heads, cross.head_dim) for layer in (cross.k_proj, cross.v_proj))
+    return k, v
 
 
 def _caches(kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -89,6 +96,15 @@ def _flat(found: Seen, gate: Tensor, keys: int) -> tuple[Tensor, Tensor]:
     hi = torch.where(gate == 0, lo, hi)
     base = torch.arange(lo.shape[0], dtype=torch.int32, device=lo.device).unsqueeze(1) * keys
     return (lo + base).flatten(), (hi + base).flatten()
+
+
+def idefics_resampler(original: Forward) -> Forward:
+    """`IdeficsPerceiverResampler`: generation asks for the same images at every token; once is enough."""
+
+    def forward(self: Any, context: Tensor) -> Tensor:
+        return kept(self, context, self.parameters(), lambda: original(self, context))
+
+    return forward
 
 
 def idefics_perceiver_attention(original: Forward) -> Forward:
@@ -144,6 +160,8 @@ def packed_vision(original: Forward) -> Forward:
         **kwargs: Any,
     ) -> Tensor:
         rows = hidden_states.shape[0]
+        if _few(hidden_states, cu_seqlens):
+            return original(self, hidden_states, cu_seqlens, position_embeddings, *args, **kwargs)
         q, k, v = self.qkv(hidden_states).view(rows, 3, self.num_heads, -1).unbind(1)
         if position_embeddings is not None:
             turn = vars(sys.modules[type(self).__module__])["apply_rotary_pos_emb_vision"]
@@ -155,6 +173,14 @@ def packed_vision(original: Forward) -> Forward:
         return self.proj(out.reshape(rows, -1))
 
     return forward
+
+
+def _few(x: Tensor, cu_seqlens: Tensor) -> bool:
+    """A few large segments on a CPU in float32: torch's own attention, called for each, is measured to be the faster."""
+    large = x.shape[0] > FEW * (cu_seqlens.shape[0] - 1)
+    return (
+        large and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def _segments(cu_seqlens: Tensor, rows: int) -> Seen:

@@ -31,8 +31,8 @@ def interval_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int | Tensor = 0,
+    q_offset: Any = 0,  # int, or a tensor where a cache is static
+    kv_offset: Any = 0,
     mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | None = None,
     **rules: Any,
@@ -160,7 +160,7 @@ def _runs(visible: Tensor, uniform: Tensor | None) -> Seen:
 def _compacted(visible: Tensor, uniform: Tensor | None) -> Seen:
     """Keys hidden from every row alike (an image padded at its right): the others first, in their order, are one run."""
     of_sample = visible[:, 0]
-    order = (~of_sample).int().argsort(-1, stable=True)
+    order = (~of_sample).int().argsort(dim=-1, stable=True)
     hi = of_sample.sum(-1, keepdim=True, dtype=torch.int32).expand(visible.shape[:2]).contiguous()
     if uniform is not None:
         hi = torch.where(uniform, visible.shape[-1], hi)

@@ -10,19 +10,23 @@ from typing import Any
 
 from torch import nn
 
-from mmkernels.integrations.hf import _layers, _undo
+from mmkernels.integrations.hf import _layers, _padding, _undo
 from mmkernels.integrations.hf._attention import REASONS, attention
 from mmkernels.integrations.hf._experts import experts
 from mmkernels.integrations.hf._masks import interval_mask
 
 NAME = "mmkernels"
-KINDS = ("attention", "experts", "cross_attention", "resampler", "packed_vision")
+KINDS = ("attention", "experts", "cross_attention", "resampler", "packed_vision", "padding")
 NO_MEDIA = ("published", "zero")
 Make = Callable[[_layers.Forward], _layers.Forward]
 
 _BY_CLASS: dict[str, tuple[str, Make]] = {
     "IdeficsGatedCrossAttentionLayer": ("cross_attention", _layers.idefics_gated_layer),
+    "IdeficsPerceiverResampler": ("resampler", _layers.idefics_resampler),
     "IdeficsPerceiverAttention": ("resampler", _layers.idefics_perceiver_attention),
+    **dict.fromkeys(
+        ("LlamaModel", "MistralModel", "PersimmonModel", "Qwen2Model"), ("padding", _padding.decoder)
+    ),
     "AriaCrossAttention": ("resampler", _layers.aria_cross_attention),
 }
 _WITHOUT_LEAK = {"MllamaCrossAttentionDecoderLayer": ("cross_attention", _layers.mllama_cross_layer)}
@@ -55,8 +59,8 @@ def patch(
     A model: its attention and experts go by the name "mmkernels", and layers that these interfaces do not reach get our
     forward. A model class: the same for every model made of it later. A layer class of theirs: its forward, everywhere.
 
-    `only`: some of "attention", "experts", "cross_attention", "resampler", "packed_vision". `no_media="zero"` closes Mllama's
-    leak (rows before every image get nothing from any); "published" computes what they compute.
+    `only`: some of "attention", "experts", "cross_attention", "resampler", "packed_vision", "padding".
+    `no_media="zero"` closes Mllama's leak (rows before every image get nothing from any); "published" keeps it.
     **Edge** what is replaced already is left alone; a list may then be empty.
     **Raises** ValueError when nothing in the model matches, and for unknown names; TypeError for what is no module or class.
     """

@@ -5,6 +5,8 @@ from __future__ import annotations
 import weakref
 from typing import Any, NamedTuple
 
+from mmkernels.integrations.hf import _kept
+
 _ABSENT = object()
 
 
@@ -30,6 +32,7 @@ def holds(owner: Any, name: str) -> bool:
 
 def revert() -> None:
     """Puts back what every `patch` since the last revert replaced, the latest first; without a patch it does nothing."""
+    _kept.forget()
     while _changes:
         owner_of, name, before = _changes.pop()
         owner = owner_of()

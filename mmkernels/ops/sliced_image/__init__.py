@@ -3,6 +3,8 @@
 from mmkernels.ops.sliced_image import composed as _composed  # noqa: F401  # registers the kernels
 from mmkernels.ops.sliced_image import composed_regions as _composed_regions  # noqa: F401
 from mmkernels.ops.sliced_image import composed_rows as _composed_rows  # noqa: F401
+from mmkernels.ops.sliced_image import composed_splice as _composed_splice  # noqa: F401
+from mmkernels.ops.sliced_image import triton as _triton  # noqa: F401
 from mmkernels.ops.sliced_image.attention import slice_attention as slice_attention
 from mmkernels.ops.sliced_image.lora import segment_lora as segment_lora
 from mmkernels.ops.sliced_image.op import slice_patch_embed as slice_patch_embed

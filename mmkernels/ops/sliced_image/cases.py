@@ -126,7 +126,7 @@ def _bench(name: str, headline: bool = False, **sizes: Any) -> Case:
 BENCH = (
     _bench("uhd-7slice", headline=True, part="layer", prefix=1),
     _bench("uhd-7slice-attention", prefix=1),
-    _bench("qwen2-mix", headline=True, part="layer", heads=10, width=80, hidden=3200, slices=QWEN2),
+    _bench("qwen2-mix", headline=True, part="layer", heads=4, width=80, hidden=1280, slices=QWEN2),
     _bench("monkey-5windows-attention", slices=MONKEY, width=104),
 )
 

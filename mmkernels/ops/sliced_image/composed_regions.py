@@ -13,8 +13,12 @@ from mmkernels.ops.sliced_image.regions import KEYS, axis_weights, pool_size
 def _axis(size: int, bins: int, g: int, dtype: torch.dtype) -> Tensor:
     """What the bins of one axis read: [g, bins, size]."""
     cells = torch.arange(size)
-    same = [torch.full((size,), n) for n in (size, bins)]
-    return axis_weights(cells, *same, torch.arange(bins).expand(size, -1), g, dtype).permute(1, 2, 0)
+    sizes, counts, bin_of = (
+        torch.full((size,), size),
+        torch.full((size,), bins),
+        torch.arange(bins).expand(size, -1),
+    )
+    return axis_weights(cells, sizes, counts, bin_of, g, dtype).permute(1, 2, 0)
 
 
 def _plans(slice_hw: Tensor, g: int, dtype: torch.dtype) -> list[tuple[int, int, int, Tensor, Tensor]]:

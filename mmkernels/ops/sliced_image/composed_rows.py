@@ -16,7 +16,7 @@ from mmkernels.ops.sliced_image.composed import present
 from mmkernels.ops.sliced_image.interpolation import Rule, weights
 from mmkernels.primitives._widen import operand
 
-BLOCK = 1 << 18  # numbers of an output that one step leaves in cache
+BLOCK = 1 << 18  # wide numbers that one step leaves in cache, where the output is of 16 bits
 
 Size = tuple[int, int]
 
@@ -61,37 +61,30 @@ def forward(
     )
     c, q = weight.shape[0], 0 if prefix is None else prefix.shape[0]
     out = torch.empty((patches.shape[0] + q * len(slice_hw), c), dtype=patches.dtype)
-    w, table = operand(weight).t(), None if positions is None else positions.to(wide)
-    tables: dict[Size, Tensor] = {}
+    w, tables = operand(weight).t(), {}
+    added = torch.zeros((1, c), dtype=wide) if bias is None else bias.to(wide).unsqueeze(0)
     start = to = 0
     for size in _sizes(slice_hw):
         if prefix is not None:
             out[to : to + q] = prefix
         area, to = size[0] * size[1], to + q
-        if table is not None and area and size not in tables:
-            tables[size] = _stretched(table, size, grid, rule)
-        for at in range(0, area, max(1, BLOCK // c)):
-            rows = slice(at, min(area, at + max(1, BLOCK // c)))
-            into = out[to + rows.start : to + rows.stop]
-            exact = into.dtype == wide and w.dtype == wide
-            product = into if exact else torch.empty(into.shape, dtype=wide)
-            _multiply(operand(patches[start + rows.start : start + rows.stop]), w, product)
-            if bias is not None:
-                product += bias
-            if table is not None:
-                product += tables[size][rows]
-            if not exact:
-                into.copy_(product)
+        if size not in tables and positions is not None and area:
+            tables[size] = _stretched(positions.to(wide), size, grid, rule) + added
+        table = tables.get(size, added).expand(area, c)
+        _affine(patches[start : start + area], w, table, out[to : to + area])
         start, to = start + area, to + area
     return out
 
 
-def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a b; where the CPU multiplies 16-bit numbers itself, its product is rounded before it is widened."""
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(torch.mm(a, b))
+def _affine(a: Tensor, b: Tensor, c: Tensor, out: Tensor) -> None:
+    """out = a b + c, c being wide; rows of another dtype a few at a time, so that what is wide stays in cache."""
+    if out.dtype == b.dtype == c.dtype:
+        torch.addmm(c, operand(a), b, out=out)
+        return
+    step = max(1, BLOCK // max(out.shape[1], 1))
+    for rows in (slice(at, at + step) for at in range(0, len(out), step)):
+        x = operand(a[rows])
+        out[rows] = torch.addmm(c[rows], x, b) if x.dtype == c.dtype else c[rows] + torch.mm(x, b)
 
 
 def backward(
@@ -174,19 +167,19 @@ def forward_lora(x: Tensor, base: Tensor, a: Tensor, b: Tensor, segment: Tensor)
     wide = torch.promote_types(x.dtype, torch.float32)
     out = torch.empty(base.shape, dtype=base.dtype)
     t = torch.zeros((x.shape[0], a.shape[1]), dtype=wide)
-    step = max(1, BLOCK // max(base.shape[1], 1))
     for window, run in _windows(segment):
         if not 0 <= window < a.shape[0]:
             out[run] = base[run]
             continue
         torch.mm(x[run].to(wide), a[window].to(wide).t(), out=t[run])
         up = b[window].to(wide).t()
+        if out.dtype == wide:
+            torch.addmm(base[run], t[run], up, out=out[run])
+            continue
+        step = max(1, BLOCK // max(base.shape[1], 1))
         for start in range(run.start, run.stop, step):
             rows = slice(start, min(run.stop, start + step))
-            if out.dtype == wide:
-                torch.addmm(base[rows], t[rows], up, out=out[rows])
-            else:
-                out[rows] = torch.addmm(base[rows].to(wide), t[rows], up)
+            out[rows] = torch.addmm(base[rows].to(wide), t[rows], up)
     return out, t
 
 

@@ -151,7 +151,7 @@ def _through_weight(dh: Tensor, w: Weights, kept: Rows, piece: Piece, grads: _Gr
     low, at = dh.to(operand_dtype(w.x)), place(kept.read, start, stop)
     if grads.weight.numel():
         first = start == int(kept.counts[:group].sum())
-        _add_product(low, pick(w.x, at, low.dtype), grads.weight[group], first)
+        add_product(low, pick(w.x, at, low.dtype), grads.weight[group], first)
     if not grads.x.numel():
         return None
     straight = isinstance(at, slice) and not grads.adds and kept.segments is None
@@ -175,7 +175,7 @@ def _through_weights(dh: Tensor, w: Weights, kept: Rows, piece: Piece, grads: _G
         a = pick(w.x, place(kept.read, piece.start, piece.stop), low.dtype)
         into = grads.weight.unbind()
         for group, dy, rows in zip(groups, dys, a.split(sizes), strict=True):
-            _add_product(dy, rows, into[group], True)
+            add_product(dy, rows, into[group], True)
     if not grads.x.numel():
         return None
     da = low.new_empty((len(dh), w.x.shape[1]), dtype=w.wide)
@@ -185,7 +185,7 @@ def _through_weights(dh: Tensor, w: Weights, kept: Rows, piece: Piece, grads: _G
     return da
 
 
-def _add_product(dy: Tensor, a: Tensor, grad: Tensor, first: bool) -> None:
+def add_product(dy: Tensor, a: Tensor, grad: Tensor, first: bool) -> None:
     """grad (+)= dy^T a; narrowed, when it is, a block at a time."""
     if grad.dtype == dy.dtype:
         if first:

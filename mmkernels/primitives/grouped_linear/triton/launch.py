@@ -95,7 +95,7 @@ def multiply(
     )  # fmt: skip
 
 
-def _through(x: Tensor, weight: Tensor, counts: Tensor, read: Tensor | None, rows: int, back: bool) -> Tensor:
+def through(x: Tensor, weight: Tensor, counts: Tensor, read: Tensor | None, rows: int, back: bool) -> Tensor:
     """x[read] weight^T (or `back`: x weight) by group, [rows, N], rows of no group unwritten."""
     e, n, c = weight.stride()
     width = weight.shape[2] if back else weight.shape[1]
@@ -142,7 +142,7 @@ def forward(
     with torch.cuda.device_of(x):
         lora = None
         if lora_a is not None and lora_b is not None and lora_counts is not None:
-            t = _through(x, lora_a, lora_counts.contiguous(), gather, m, back=False)
+            t = through(x, lora_a, lora_counts.contiguous(), gather, m, back=False)
             lora = Lora(t, lora_b, lora_b.stride())  # type: ignore[arg-type]
         multiply(
             x, (weight, weight.stride(), n), counts, (gather, scatter, m), out, finish, lora, _ends(lora_counts, m)  # type: ignore[arg-type]
@@ -224,12 +224,12 @@ def _input_grads(
     m, extra, ends = len(source), None, None
     if lora is not None:
         a, b, segments = lora[0], lora[1], lora[2].contiguous()
-        dt = _through(dh, b, segments, None, m, back=True)
+        dt = through(dh, b, segments, None, m, back=True)
         extra, ends = Lora(dt, a, (a.stride(0), a.stride(2), a.stride(1))), _ends(segments, m)
         if grads[5].numel():
             weight_grad(dt, x, segments, source, (grads[5], None), gathered=True)
         if grads[6].numel():
-            t = _through(x, a, segments, source, m, back=False)
+            t = through(x, a, segments, source, m, back=False)
             weight_grad(dh, t, segments, source, (grads[6], None), gathered=False)
     if not grads[0].numel():
         return

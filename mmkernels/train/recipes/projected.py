@@ -1,0 +1,101 @@
+"""Systems whose picture tokens are projected into the text: the LLaVA family, MoE-LLaVA and Yi-VL."""
+
+from mmkernels.train.recipes.recipe import Mix, Recipe
+
+_CC, _BLIP, _MIX = Mix({"cc_595k": 595_375}), Mix({"blip_558k": 558_128}), Mix({"mix_665k": 665_298})
+_V1 = "system. USER: <image>\\n{question} ASSISTANT: {answer}</s>"
+_ANSWERS = "the assistant's words and </s>; in the first stage the caption"
+
+PROJECTED = {
+    "llava": Recipe(
+        "LLaVA",
+        "2304.08485",
+        "llava-7b",
+        "llava-tiny",
+        "one linear",
+        data={"align": _CC, "instruct": Mix({"conversation": 58e3, "detail": 23e3, "reasoning": 77e3})},
+        prompt="system ### Human: <im_start>places<im_end>\\n{question} ### Assistant: {answer}###",
+        labels=_ANSWERS,
+        apart="256 tokens of one square picture through one linear",
+        parity="tests/models/test_llava.py",
+    ),
+    "llava-1.5": Recipe(
+        "LLaVA-1.5",
+        "2310.03744",
+        "llava-1.5-7b",
+        "llava-1.5-tiny",
+        "two linears with a GELU",
+        data={"align": _BLIP, "instruct": _MIX},
+        prompt=_V1,
+        labels=_ANSWERS,
+        apart="padded to a square; short answers are asked for in words (data.formats)",
+        parity="tests/parity/test_llava_hf.py",
+    ),
+    "llava-next": Recipe(
+        "LLaVA-NeXT",
+        "blog 2024-01-30",
+        "llava-next-7b",
+        "llava-next-tiny",
+        "LLaVA-1.5's, on a view and its tiles",
+        data={"align": _BLIP, "instruct": Mix({"mix_760k": 760e3})},
+        prompt=_V1,
+        labels=_ANSWERS,
+        apart="any resolution: tiles beside the view, a newline token a row; the tower learns, at a fifth of the rate",
+        parity="tests/parity/test_llava_hf.py",
+    ),
+    "llavar": Recipe(
+        "LLaVAR",
+        "2306.17107",
+        "llavar-13b",
+        "llava-tiny",
+        "LLaVA's linear, at 336 pixels",
+        data={
+            "align": Mix({"cc_595k": 595_375, "text_rich_ocr": 422e3}),
+            "instruct": Mix({"llava_158k": 157_712, "text_rich": 16e3}),
+        },
+        prompt="LLaVA's",
+        labels=_ANSWERS,
+        apart="text-rich pages with noisy readings in the first stage, conversations about them in the second; three epochs",
+        parity="tests/models/test_llava.py",
+    ),
+    "svit": Recipe(
+        "SVIT",
+        "2307.04087",
+        "svit-13b",
+        "llava-1.5-tiny",
+        "LLaVA-1.5's",
+        data={"align": _BLIP, "instruct": Mix({"svit_core": 157_712, "mix_without_llava_150k": 507_586})},
+        prompt=_V1,
+        labels=_ANSWERS,
+        apart="a core set by concept overlap, then yes and no in balance (data.core_set), in the place of LLaVA's 150 thousand",
+        parity="tests/parity/test_llava_hf.py",
+    ),
+    "moe_llava": Recipe(
+        "MoE-LLaVA",
+        "2401.15947",
+        "moe_llava-phi2-2.7bx4-top2",
+        "moe_llava-tiny",
+        "LLaVA-1.5's",
+        data={"projector": _BLIP, "instructions": Mix({"mimic_svit_lrv_lvis": 964e3}), "experts": _MIX},
+        prompt=_V1,
+        labels=_ANSWERS,
+        apart="experts start as copies; in the last stage they and their routers learn alone, balance weighs 0.01",
+        parity="tests/parity/test_moe_hf.py",
+    ),
+    "yi_vl": Recipe(
+        "Yi-VL",
+        "2403.04652",
+        "yi-vl-6b",
+        "yi-vl-tiny",
+        "two linears, each with a LayerNorm",
+        data={
+            "pairs": Mix({"laion400m": 100e6}),
+            "larger": Mix({"pairs": 20e6, "ocr_and_grounding": 4.8e6}),
+            "instruct": Mix({"mixture": 1e6}, cap=50_000),
+        },
+        prompt="system ### Human: <image_placeholder>\\n{question}\\n### Assistant: {answer}",
+        labels=_ANSWERS,
+        apart="224 pixels, then 448; a source gives at most 50,000 of the last stage's samples",
+        parity="tests/models/test_llava.py",
+    ),
+}
