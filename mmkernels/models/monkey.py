@@ -57,8 +57,8 @@ class VisionConfig:
 
     @property
     def image_size(self) -> int:
-        """The side of what the ViT sees."""
-        return self.window
+        """The height of the canvas."""
+        return self.canvas[0]
 
 
 @dataclass(frozen=True)
