@@ -21,6 +21,7 @@ Z = Sizes()
 def _ours(monkeypatch):
     """However small: these are the sizes at which torch would be asked."""
     monkeypatch.setattr(_attention, "SMALL", 0)
+    monkeypatch.setattr(_attention, "_skips_little", lambda *_: False)
     monkeypatch.setattr(_experts, "_torch_wins", lambda *_: False)
 
 

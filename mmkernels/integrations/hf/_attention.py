@@ -49,7 +49,7 @@ def attention(
         reason = found.reason or _learns_from_nothing(found, query, key)
     if reason:
         REASONS[reason] += 1
-    if reason or found is None:
+    if reason or found is None or _skips_little(found, query):
         return _torch(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
     return attend(query, key, value, found, dropout, scaling), None
 
@@ -88,6 +88,11 @@ def _torch_wins(query: Tensor, key: Tensor) -> bool:
         and query.dtype == torch.float32
         and not torch.compiler.is_compiling()
     )
+
+
+def _skips_little(found: Seen, query: Tensor) -> bool:
+    """Several runs a row on a CPU in float32 (Mllama's tiles): a call for each costs more than what all of them skip."""
+    return len(found.runs) > 1 and query.device.type == "cpu" and query.dtype == torch.float32
 
 
 def _learns_from_nothing(found: Seen, query: Tensor, key: Tensor) -> str:
