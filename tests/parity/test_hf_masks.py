@@ -10,10 +10,18 @@ from transformers import masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mmkernels.integrations import hf
-from mmkernels.integrations.hf import _masks
+from mmkernels.integrations.hf import _attention, _experts, _masks
 from mmkernels.integrations.hf._attention import REASONS, attention
 
 ROWS = 7
+
+
+@pytest.fixture(autouse=True)
+def _ours(monkeypatch):
+    """However small: these are the sizes at which torch would be asked."""
+    monkeypatch.setattr(_attention, "SMALL", 0)
+    monkeypatch.setattr(_attention, "_skips_little", lambda *_: False)
+    monkeypatch.setattr(_experts, "_torch_wins", lambda *_: False)
 
 
 class Module(torch.nn.Module):

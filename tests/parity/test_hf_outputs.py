@@ -11,12 +11,21 @@ pytest.importorskip("transformers")
 from benchmarks.hf_models import VARIANTS, Sizes
 from benchmarks.hf_more_models import ALL
 from mmkernels.integrations import hf
+from mmkernels.integrations.hf import _attention, _experts
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # theirs, of one version or another
 MAKERS = ALL | VARIANTS
 # calls that take torch's attention for want of ours
 HIDDEN = "gradients of rows whose additive mask hides every key"
 EXACT = {"idefics_holes": {HIDDEN}, "idefics_qk_norm": {HIDDEN}}
+
+
+@pytest.fixture(autouse=True)
+def _ours(monkeypatch):
+    """However small: these are the sizes at which torch would be asked."""
+    monkeypatch.setattr(_attention, "SMALL", 0)
+    monkeypatch.setattr(_attention, "_skips_little", lambda *_: False)
+    monkeypatch.setattr(_experts, "_torch_wins", lambda *_: False)
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,18 @@ pytest.importorskip("transformers")
 from benchmarks.hf_models import Sizes, idefics, llava_next, mixtral
 from benchmarks.hf_more_models import aria, qwen2_vl
 from mmkernels.integrations import hf
-from mmkernels.integrations.hf import _kept
+from mmkernels.integrations.hf import _attention, _experts, _kept
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 Z = Sizes()
+
+
+@pytest.fixture(autouse=True)
+def _ours(monkeypatch):
+    """However small: these are the sizes at which torch would be asked."""
+    monkeypatch.setattr(_attention, "SMALL", 0)
+    monkeypatch.setattr(_attention, "_skips_little", lambda *_: False)
+    monkeypatch.setattr(_experts, "_torch_wins", lambda *_: False)
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from mmkernels.primitives.interval_attention import merge_attention
 from mmkernels.primitives.interval_attention.op import FORWARD, kernel_head_dim
 
 REASONS: Counter[str] = Counter()
-_WIDE = (torch.float32, torch.float64)
+SMALL = 1 << 22  # rows x keys x widths
 
 
 def attention(
@@ -44,12 +44,12 @@ def attention(
             if attention_mask is None or _masks.is_intervals(attention_mask)
             else "a mask under torch.compile"
         )
-    if not reason and (attention_mask is not None or causal) and not _torch_wins(query, key, attention_mask):
+    if not reason and (attention_mask is not None or causal) and not _torch_wins(query, key):
         found = _causal(query) if causal else _find(attention_mask, query.shape[2], key.shape[2])  # type: ignore[arg-type]
         reason = found.reason or _learns_from_nothing(found, query, key)
     if reason:
         REASONS[reason] += 1
-    if reason or found is None:
+    if reason or found is None or _skips_little(found, query):
         return _torch(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
     return attend(query, key, value, found, dropout, scaling), None
 
@@ -79,10 +79,20 @@ def _unfit(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) ->
     return "" if query.dtype == torch.float64 else kernel_head_dim(query)
 
 
-def _torch_wins(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
-    """Whether one row per sequence with heads of its own is served faster by torch: measured, on CPU in float32."""
-    single = query.shape[2] == 1 and query.shape[1] == key.shape[1]
-    return single and query.device.type == "cpu" and query.dtype == torch.float32 and mask is None
+def _torch_wins(query: Tensor, key: Tensor) -> bool:
+    """A small call on a CPU in float32: what a call costs outweighs what it skips."""
+    work = query.numel() * key.shape[2]
+    return (
+        work < SMALL
+        and query.device.type == "cpu"
+        and query.dtype == torch.float32
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _skips_little(found: Seen, query: Tensor) -> bool:
+    """Several runs a row on a CPU in float32 (Mllama's tiles): a call for each costs more than what all of them skip."""
+    return len(found.runs) > 1 and query.device.type == "cpu" and query.dtype == torch.float32
 
 
 def _learns_from_nothing(found: Seen, query: Tensor, key: Tensor) -> str:
@@ -149,8 +159,19 @@ def _torch(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if mask is not None and _masks.is_intervals(mask):
-        mask = _masks.dense(_find(mask, query.shape[2], key.shape[2]), key.shape[2])
+        mask = _dense(mask, query.shape[2], key.shape[2])
     out, _ = sdpa_attention_forward(
         module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
     )
     return out, None
+
+
+def _dense(mask: Tensor, rows: int, keys: int) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _masks.dense(_find(mask, rows, keys), keys)
+    found = _masks.seen(mask, rows, keys)  # once for all layers
+    before, made = getattr(mask, "_mmkernels_dense", (None, None))
+    if made is None or before is not found:
+        made = _masks.dense(found, keys)
+        mask._mmkernels_dense = (found, made)  # pyright: ignore[reportAttributeAccessIssue]
+    return made
