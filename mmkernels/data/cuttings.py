@@ -118,7 +118,7 @@ class Cuttings(Sequences):
     def _page(
         self, rng: np.random.Generator, *, held_out: bool, size: tuple[int, int] | None = None
     ) -> Cutting:
-        page = pages.page(rng, size=size)  # held out or not: no page is drawn twice but by chance
+        page = pages.page(rng, held_out=held_out, size=size)
         return Cutting(page.pixels, len(self._photographs.captions), page)
 
     def _photograph(self, rng: np.random.Generator, *, held_out: bool) -> Cutting:
