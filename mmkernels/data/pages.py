@@ -47,17 +47,32 @@ def written(digits: tuple[int, ...]) -> str:
     return " ".join(map(str, digits))
 
 
-def page(rng: np.random.Generator, *, size: tuple[int, int] | None = None, full: bool = False) -> Page:
-    """A page of a given or a random size (width, height), or one that is `full` of digits, to learn them from."""
+def page(
+    rng: np.random.Generator,
+    *,
+    size: tuple[int, int] | None = None,
+    full: bool = False,
+    held_out: bool | None = None,
+) -> Page:
+    """A page of a given or a random size (width, height), or one that is `full` of digits, to learn them from.
+
+    `held_out` asks for a number of the fifth that is held out, or of the others; None: of all.
+    """
     width, height = size or sizes(rng)
     centres = _filled(rng, width, height) if full else _placed(rng, width, height)
-    digits = tuple(int(d) for d in rng.integers(10, size=len(centres)))
+    digits = _digits(rng, len(centres))
+    while held_out is not None and (sum((n + 1) * d for n, d in enumerate(digits)) % 5 == 0) != held_out:
+        digits = _digits(rng, len(centres))
     ground, ink = rng.integers(200, 256, size=3), rng.integers(0, 90, size=3)
     image = Image.new("RGB", (width, height), tuple(int(c) for c in ground))
     draw, font = ImageDraw.Draw(image), _fonts()[int(rng.integers(len(FONTS)))]
     for digit, centre in zip(digits, centres, strict=True):
         draw.text(centre, str(digit), font=font, fill=tuple(int(c) for c in ink), anchor="mm")
     return Page(np.asarray(image), digits, tuple(centres))
+
+
+def _digits(rng: np.random.Generator, count: int) -> tuple[int, ...]:
+    return tuple(int(d) for d in rng.integers(10, size=count))
 
 
 def _placed(rng: np.random.Generator, width: int, height: int) -> list[tuple[float, float]]:
