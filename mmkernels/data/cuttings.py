@@ -118,7 +118,9 @@ class Cuttings(Sequences):
     def _page(
         self, rng: np.random.Generator, *, held_out: bool, size: tuple[int, int] | None = None
     ) -> Cutting:
-        page = pages.page(rng, held_out=held_out, size=size)
+        page = pages.page(
+            rng, size=size
+        )  # held-out pages are of another stream: none is drawn twice but by chance
         return Cutting(page.pixels, len(self._photographs.captions), page)
 
     def _photograph(self, rng: np.random.Generator, *, held_out: bool) -> Cutting:
