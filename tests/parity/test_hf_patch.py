@@ -15,6 +15,7 @@ from benchmarks.hf_models import Sizes, idefics, llava, mixtral, mllama
 from benchmarks.hf_more_models import aria
 from mmkernels.integrations import hf
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # theirs, of one version or another
 Z = Sizes()
 
 

@@ -20,11 +20,7 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
     An id equal to the number of experts (a token of another rank) gives nothing. x `[T, C]`, index and weights `[T, K]`.
     """
     tokens, k = top_k_index.shape
-    if (
-        hidden_states.device.type == "cpu"
-        and isinstance(module, nn.Module)
-        and not torch.compiler.is_compiling()
-    ):
+    if hidden_states.device.type == "cpu" and _theirs(module) and not torch.compiler.is_compiling():
         if tokens * k <= FEW and not torch.is_grad_enabled() and _bare(module, hidden_states):
             return _few(module, hidden_states, top_k_index, top_k_weights)
         if _torch_wins(module, hidden_states):
@@ -78,6 +74,10 @@ def _default_gate(experts: type, activation: type) -> bool:
     )
 
 
+def _theirs(module: Any) -> bool:
+    return isinstance(module, nn.Module)
+
+
 def grouped_mm(module: Any, *rows: Tensor) -> Tensor:
     from transformers.integrations.moe import grouped_mm_experts_forward
 
@@ -92,7 +92,7 @@ def _torch_wins(module: Any, x: Tensor) -> bool:
 
 def _bare(module: Any, x: Tensor) -> bool:
     """SwiGLU experts of one rank without biases and norms, in one dtype."""
-    more = module.has_bias or module.has_post_expert_norm or module._is_expert_parallel
+    more = module.has_bias or module.has_post_expert_norm or getattr(module, "_is_expert_parallel", False)
     return (
         not more
         and x.dtype == module.down_proj.dtype

@@ -123,9 +123,7 @@ def _attends(module: nn.Module) -> bool:
 
 
 def _chooses_experts(module: nn.Module) -> bool:
-    return (
-        hasattr(module, "config") and hasattr(module, "_is_expert_parallel") and hasattr(module, "has_gate")
-    )
+    return hasattr(module, "config") and hasattr(module, "is_transposed") and hasattr(module, "has_gate")
 
 
 def _model(model: nn.Module, kinds: tuple[str, ...], no_media: str) -> tuple[bool, list[str]]:
