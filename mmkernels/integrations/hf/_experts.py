@@ -47,7 +47,7 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
     if not swiglu:
         h = module._apply_gate(h) if module.has_gate else module.act_fn(h)
     weights = top_k_weights.reshape(-1)[place.long()]
-    normed = module.has_post_expert_norm
+    normed = getattr(module, "has_post_expert_norm", False)
     y = grouped_linear(
         h, down, groups.counts, scatter=groups.order, bias=down_bias, row_scale=None if normed else weights
     )
@@ -92,7 +92,11 @@ def _torch_wins(module: Any, x: Tensor) -> bool:
 
 def _bare(module: Any, x: Tensor) -> bool:
     """SwiGLU experts of one rank without biases and norms, in one dtype."""
-    more = module.has_bias or module.has_post_expert_norm or getattr(module, "_is_expert_parallel", False)
+    more = (
+        module.has_bias
+        or getattr(module, "has_post_expert_norm", False)
+        or getattr(module, "_is_expert_parallel", False)
+    )
     return (
         not more
         and x.dtype == module.down_proj.dtype
