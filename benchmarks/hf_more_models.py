@@ -95,9 +95,7 @@ def idefics3(z: Sizes) -> Made:
 def fuyu(z: Sizes) -> Made:
     text = {**llama(z, "persimmon"), "qk_layernorm": True}
     del text["num_key_value_heads"]
-    config = transformers.FuyuConfig(
-        text_config=text, patch_size=14, image_token_id=IMAGE, hidden_size=z.width
-    )
+    config = transformers.FuyuConfig(text_config=text, patch_size=14, image_token_id=IMAGE)
     model = randomised(transformers.FuyuForCausalLM(config))
     patches = (
         "pixel_values" if "pixel_values" in inspect.signature(model.forward).parameters else "image_patches"
