@@ -71,7 +71,7 @@ def test_the_first_change_of_stages(tiny, tmp_path, monkeypatch):
 
 
 def _side(config: Any) -> int:
-    return config.vision.image_size
+    return config.vision.image_size if hasattr(config, "vision") else config.canvas[0]
 
 
 def test_mixes():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -63,7 +62,6 @@ def gates_by_silu(module: Any) -> bool:
     return module.has_gate and module.is_concatenated and _default_gate(type(module), type(module.act_fn))
 
 
-@functools.cache
 def _default_gate(experts: type, activation: type) -> bool:
     from transformers.activations import ACT2FN
     from transformers.integrations.moe import _default_apply_gate

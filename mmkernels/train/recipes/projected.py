@@ -80,7 +80,7 @@ PROJECTED = {
         prompt=_V1,
         labels=_ANSWERS,
         apart="experts start as copies; in the last stage they and their routers learn alone, balance weighs 0.01",
-        parity="tests/parity/test_moe_hf.py",
+        parity="tests/parity/test_mixtral.py",
     ),
     "yi_vl": Recipe(
         "Yi-VL",
