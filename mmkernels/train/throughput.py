@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,15 +25,16 @@ class Throughput:
     def begin_stage(self) -> None:
         self.flops = None
 
-    @contextmanager
-    def step(self) -> Iterator[None]:
+    def begin_step(self, gradients: Callable[[], object], optimizer: torch.optim.Optimizer) -> None:
+        """Before a stage's first step its gradients are computed once more, to be counted: under a counter some products take
+        another path, whose last bits differ, and a resumed run counts at another step.
+        """
+        if self.flops is None:
+            with torch.random.fork_rng(), FlopCounterMode(display=False, custom_mapping=counters()) as mode:
+                gradients()
+            optimizer.zero_grad()
+            self.flops = float(mode.get_total_flops())
         self.tokens = 0
-        if self.flops is not None:
-            yield
-            return
-        with FlopCounterMode(display=False, custom_mapping=counters()) as mode:
-            yield
-        self.flops = float(mode.get_total_flops())
 
     def record(self, seconds: float) -> dict[str, Any]:
         assert self.flops is not None

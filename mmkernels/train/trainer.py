@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from pathlib import Path
 from typing import Any
@@ -108,10 +108,11 @@ class Trainer:
         if self.stage_at(self.step) != self.index:
             self._enter(self.stage_at(self.step))
             self.objectives.begin(self.stage)
-        begun, number = time.perf_counter(), self.step
+        number = self.step
+        self.throughput.begin_step(partial(self._gradients, number), self.optimizer)
+        begun = time.perf_counter()
         rate = learning_rate(self.stage, number - self.start, self.stages[self.index][1])
-        with self.throughput.step():
-            losses = self._gradients(number)
+        losses = self._gradients(number)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.stage.clip).item()
         if not all(map(math.isfinite, (norm, *losses.values()))):
