@@ -103,7 +103,7 @@ SPLICE_TESTS = (
 )
 
 SPLICE_BENCH = (
-    a_bench("llava-next-2x2", headline=True, batch=4, tokens=3072, width=4096, special=1,
+    a_bench("llava-next-2x2", batch=4, tokens=3072, width=4096, special=1,
            runs=tuple((b, 35, 2928) for b in range(4))),
     a_bench("llava15-b8", batch=8, tokens=704, width=4096, runs=tuple((b, 35, 576) for b in range(8))),
 )  # fmt: skip
