@@ -1,6 +1,6 @@
 """Generation: prompts of unequal length without their padding, and tokens that do not encode their pictures again.
 
-The model is a Flamingo of 60 million parameters: large enough that products, not calls, take the time.
+The model is a Flamingo of 34 million parameters: large enough that products, not calls, take the time.
 """
 
 from __future__ import annotations
