@@ -1,4 +1,4 @@
-// For the bindings (cpu.cpp) only: tensors to plain pointers, and tasks over threads. Baseline instruction
+// For the bindings only: tensors to plain pointers, and tasks over threads. Baseline instruction
 // set.
 #pragma once
 

@@ -3,12 +3,10 @@
 // Rows of logits are worked off in fixed blocks by all threads; what they add to the losses is summed block
 // after block, so the number of threads changes no bit. Places follow in one pass over the routes.
 #include <algorithm>
-#include <optional>
 #include <tuple>
-#include <vector>
 
-#include "../common/binding.h"
 #include "../common/isa.h"
+#include "binding.h"
 #include "route.h"
 
 namespace mmkernels {
@@ -24,24 +22,6 @@ constexpr int64_t kBlock = 128;  // tokens
 constexpr int64_t kPad = 16;     // the widest vector
 
 int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
-
-Tensor make(const Tensor& like, std::initializer_list<int64_t> size, ScalarType type) {
-  const std::vector<int64_t> sizes(size);
-  return torch::stable::new_empty(like, sizes, type);
-}
-
-template <class T>
-T* data(const Tensor& x) {
-  return static_cast<T*>(x.data_ptr());
-}
-
-const bool* mask_of(const std::optional<Tensor>& mask, int64_t tokens) {
-  if (!mask) return nullptr;
-  STD_TORCH_CHECK(mask->dim() == 1 && mask->size(0) == tokens && mask->scalar_type() == ScalarType::Bool &&
-                      mask->is_contiguous(),
-                  "mask: expected contiguous bool [T]");
-  return data<const bool>(*mask);
-}
 
 MoeRules rules_of(int64_t capacity, bool choices, bool whole, int64_t drop, int64_t normalize,
                   int64_t balance) {

@@ -2,49 +2,15 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <optional>
 #include <tuple>
-#include <vector>
 
+#include "binding.h"
 #include "params.h"
 
 namespace mmkernels {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-Dtype dtype_of(const Tensor& x) {
-  const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
-                  "logits: expected float32, bfloat16 or float16");
-  return type == ScalarType::Float ? Dtype::f32 : type == ScalarType::BFloat16 ? Dtype::bf16 : Dtype::f16;
-}
-
-Tensor make(const Tensor& like, std::initializer_list<int64_t> size, ScalarType type) {
-  const std::vector<int64_t> sizes(size);
-  return torch::stable::new_empty(like, sizes, type);
-}
-
-template <class T>
-T* data(const Tensor& x) {
-  return static_cast<T*>(x.data_ptr());
-}
-
-const bool* mask_of(const std::optional<Tensor>& mask, int64_t tokens) {
-  if (!mask) return nullptr;
-  STD_TORCH_CHECK(mask->dim() == 1 && mask->size(0) == tokens && mask->scalar_type() == ScalarType::Bool &&
-                      mask->is_contiguous(),
-                  "mask: expected contiguous bool [T]");
-  return data<const bool>(*mask);
-}
-
-Tensor unit_rows(const Tensor& x) { return x.stride(1) == 1 ? x : torch::stable::contiguous(x); }
 
 void check_sizes(int64_t experts, int64_t k) {
   STD_TORCH_CHECK(1 <= k && k <= experts && k <= kMostRoutes && experts <= kMostExperts, "k: got ", k, " of ",
@@ -68,7 +34,7 @@ Routed choose(const Tensor& logits, const std::optional<Tensor>& noise, const st
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   const Tensor rows = unit_rows(logits);
   MoeRoute p{};
-  p.logits = rows.data_ptr(), p.dtype = dtype_of(logits), p.stride = rows.stride(0);
+  p.logits = rows.data_ptr(), p.dtype = dtype_of(logits, "logits"), p.stride = rows.stride(0);
   p.T = rows.size(0), p.E = rows.size(1), p.K = k;
   p.rules = {capacity, choices, whole, Drop(drop), Normalize(normalize), Balance(balance)};
   STD_TORCH_CHECK(capacity < 0 || drop == kByPosition || (drop == kByNoise && !noise),
@@ -106,7 +72,7 @@ Tensor choose_backward(const Tensor& dweights, const Tensor& daux, const Tensor&
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   const Tensor rows = unit_rows(logits);
   MoeRouteBackward p{};
-  p.logits = rows.data_ptr(), p.dtype = dtype_of(logits), p.stride = rows.stride(0);
+  p.logits = rows.data_ptr(), p.dtype = dtype_of(logits, "logits"), p.stride = rows.stride(0);
   p.T = rows.size(0), p.E = rows.size(1), p.K = experts.size(1);
   p.rules = {-1, false, whole, kByPosition, Normalize(normalize), Balance(balance)};
   p.mask = mask_of(mask, p.T);

@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
             )
     video = options.video is not None
     pictures = options.image if options.video is None else frames.load(options.video, options.frames)
-    meter = Meter(captioner.tokenizer, _print_piece if options.stream else lambda piece: None)
+    meter = Meter(captioner.tokenizer, _print_piece if options.stream else None)
     caption = captioner.caption(
         pictures, options.prompt, video=video, max_new_tokens=options.max_new_tokens, beams=options.beams,
         length_penalty=options.length_penalty, temperature=options.temperature, top_p=options.top_p,

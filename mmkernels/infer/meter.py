@@ -11,9 +11,9 @@ from mmkernels.data import Tokenizer
 
 
 class Meter:
-    """An `on_token` for one prompt: hands every new piece of text to `show`, and keeps the time of each token."""
+    """An `on_token` for one prompt: hands every new piece of text to `show`, if given, and keeps the time of each token."""
 
-    def __init__(self, tokenizer: Tokenizer, show: Callable[[str], object] = lambda piece: None) -> None:
+    def __init__(self, tokenizer: Tokenizer, show: Callable[[str], object] | None = None) -> None:
         self.tokenizer, self.show = tokenizer, show
         self.ids: list[int] = []
         self.shown = ""
@@ -22,6 +22,8 @@ class Meter:
 
     def __call__(self, token: Tensor) -> None:
         self.times.append(time.perf_counter())
+        if self.show is None:
+            return
         self.ids.append(int(token[0]))
         text = self.tokenizer.decode(self.ids).lstrip()
         if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet

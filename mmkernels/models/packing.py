@@ -17,9 +17,7 @@ class PackedPrompts:
     def __init__(self, mask: Tensor, cache: KVCache) -> None:
         b, t = mask.shape
         counts = mask.sum(1)
-        self.index = (
-            mask.flatten().nonzero().squeeze(1)
-        )  # the host waits for the number of tokens, once a prompt
+        self.index = mask.flatten().nonzero().squeeze(1)
         self.last = counts.cumsum(0) - 1
         row, column = self.index // t, self.index % t
         self.cache, self.slots = cache, row * cache.capacity + column
@@ -30,9 +28,12 @@ class PackedPrompts:
     @classmethod
     def of(cls, mask: Tensor | None, cache: KVCache | None) -> PackedPrompts | None:
         """None where nothing is gained: no cache to fill, no mask, or hardly any padding."""
-        if cache is None or cache.length or mask is None or float(mask.float().mean()) > WORTH:
+        if cache is None or cache.length or mask is None:
             return None
-        return cls(mask, cache) if bool(mask.any(1).all()) else None
+        counts = mask.sum(
+            1
+        ).tolist()  # here, and where the tokens are looked up, the host waits: once a prompt
+        return cls(mask, cache) if all(counts) and sum(counts) <= WORTH * mask.numel() else None
 
     def rows(self, x: Tensor) -> Tensor:
         """`[B, T, ...]` -> `[1, N, ...]`."""

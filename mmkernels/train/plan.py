@@ -37,6 +37,11 @@ GPUS = {
 }
 
 
+_FIXED = (
+    models.Flamingo, models.Blip2, models.CogVLM, models.Lavin, models.Llava, models.MoeLlava, models.NextGpt, models.QwenVL,
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Wish:
     """What is asked: a preset's stage on `gpus`, with `batch` documents a GPU, each of so many pictures and words."""
@@ -148,8 +153,3 @@ def document(model: Any, stage: Stage, images: int, words: int) -> dict[str, Any
     if images:
         given["images"] = torch.empty(1, images, 3, side, side, dtype=torch.bfloat16, device="meta")
     return given
-
-
-_FIXED = (
-    models.Flamingo, models.Blip2, models.CogVLM, models.Lavin, models.Llava, models.MoeLlava, models.NextGpt, models.QwenVL,
-)  # fmt: skip

@@ -17,7 +17,7 @@ class Throughput:
     """Counts the tokens of every step, and the FLOPs of a stage's first one, which its others are taken to have too."""
 
     def __init__(self, model: nn.Module, device: str) -> None:
-        self.tokens = 0
+        self.tokens, self.device = 0, device
         self.flops: float | None = None
         self.peak = _peak(device)
         model.register_forward_pre_hook(self._read, with_kwargs=True)
@@ -30,7 +30,11 @@ class Throughput:
         another path, whose last bits differ, and a resumed run counts at another step.
         """
         if self.flops is None:
-            with torch.random.fork_rng(), FlopCounterMode(display=False, custom_mapping=counters()) as mode:
+            devices = [torch.cuda.current_device()] if self.device.startswith("cuda") else []
+            with (
+                torch.random.fork_rng(devices),
+                FlopCounterMode(display=False, custom_mapping=counters()) as mode,
+            ):
                 gradients()
             optimizer.zero_grad()
             self.flops = float(mode.get_total_flops())
