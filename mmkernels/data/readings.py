@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,17 +16,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from mmkernels.data import images, pages
+from mmkernels.data import images, scenes
 from mmkernels.data.dataset import Dataset
-from mmkernels.data.dialogues import QUESTION
-from mmkernels.data.sequences import Batch, Sequences
+from mmkernels.data.scenes import SLOTS, Cutting, Scenes
+from mmkernels.data.sequences import Batch
 from mmkernels.data.slicing import Plan
 from mmkernels.data.tokenizer import Tokenizer
 from mmkernels.data.views import maps, plan_of, views
 
 _PAIRS, _INSTRUCTIONS, _SHOWN, _ECHOES, _OUT, _PAGES_OUT = range(60, 66)  # streams of random numbers
-SLOTS = 2  # of a patch: a digit in its left half, and one in its right half
-_PAGE = "a page"
 
 
 @dataclass(frozen=True)
@@ -62,21 +60,8 @@ class ReadingBatch(Batch):
     kinds: Tensor
 
 
-@dataclass(frozen=True)
-class _Row:
-    pixels: NDArray[np.uint8]
-    question: str
-    answer: list[int]
-    caption: int
-    page: pages.Page | None
-
-
-class Readings(Sequences):
-    """Draws batches for a way to look. `ask(question)` writes a question up to its answer, with the image token.
-
-    Kinds of what a patch holds, in either slot: the number of a caption, all over a photograph; behind those the ten digits, at
-    the patch where a digit's centre is; last, nothing.
-    """
+class Readings(Scenes):
+    """Draws batches for a way to look. `ask(question)` writes a question up to its answer, with the image token."""
 
     def __init__(
         self,
@@ -88,14 +73,7 @@ class Readings(Sequences):
         seed: int = 0,
     ) -> None:
         super().__init__(dataset, tokenizer, sight.size, seed=seed)
-        self.sight, self.ask, self._photographs = sight, ask, dataset
-        self.nothing = len(dataset.captions) + 10
-        self.dataset = replace(  # captions are counted with the pages
-            dataset,
-            captions=(*dataset.captions, _PAGE),
-            train=(*dataset.train, ()),
-            held_out=(*dataset.held_out, ()),
-        )
+        self.sight, self.ask = sight, ask
 
     def at(self, size: int) -> Readings:
         """The same with views of another size."""
@@ -132,51 +110,20 @@ class Readings(Sequences):
         rows = self._rows(self._rng(_ECHOES, number), batch)
         return self._batch(rows, plain=number % 2 == 0, drawn=False)
 
-    def _rows(
-        self, rng: np.random.Generator, batch: int, *, held_out: bool = False, full: bool = False
-    ) -> list[_Row]:
-        return [
-            self._page(rng, full=full) if n % 2 else self._photograph(rng, held_out=held_out)
-            for n in range(batch)
-        ]
-
-    def _page(self, rng: np.random.Generator, **how: Any) -> _Row:
-        page = pages.page(rng, **how)
-        answer = self.tokenizer.encode(f" {page.text}")
-        return _Row(page.pixels, pages.QUESTION, answer, len(self._photographs.captions), page)
-
-    def _photograph(self, rng: np.random.Generator, *, held_out: bool) -> _Row:
-        width, height = pages.sizes(rng)
-        side = max(width, height)
-        pixels, caption = self._photographs.draw(rng, side, held_out=held_out)
-        left, top = (side - width) // 2, (side - height) // 2
-        cut = pixels[top : top + height, left : left + width]
-        answer = self.tokenizer.encode(f" {self._photographs.captions[caption]}")
-        return _Row(cut, QUESTION, answer, caption, None)
-
-    def _plan(self, row: _Row) -> Plan | None:
+    def _plan(self, row: Cutting) -> Plan | None:
         return self.sight.plan(row.pixels.shape[1], row.pixels.shape[0])
 
-    def _views(self, row: _Row) -> NDArray[np.uint8]:
+    def _views(self, row: Cutting) -> NDArray[np.uint8]:
         return self.sight.see(Image.fromarray(row.pixels))[0]
 
-    def _kinds(self, row: _Row) -> NDArray[np.int64]:
+    def _kinds(self, row: Cutting) -> NDArray[np.int64]:
         """`[N, P, 2]` what the patches of a row's views hold."""
-        s = self.sight
-        height, width, _ = row.pixels.shape
+        s, (height, width, _) = self.sight, row.pixels.shape
         affine, grid = maps(width, height, s.aspect, s.size, self._plan(row)), s.size // s.patch
-        fill = self.nothing if row.page else row.caption
-        kinds = np.full((len(affine), grid, grid, SLOTS), fill)
-        if row.page is None:
-            return kinds.reshape(len(affine), -1, SLOTS)
-        for view, (a, b, c, d) in enumerate(affine):
-            for digit, (x, y) in zip(row.page.digits, row.page.centres, strict=True):
-                at, line = int((a * x + b) // (s.patch / SLOTS)), int((c * y + d) // s.patch)
-                if 0 <= at < grid * SLOTS and 0 <= line < grid:
-                    kinds[view, line, at // SLOTS, at % SLOTS] = len(self._photographs.captions) + digit
-        return kinds.reshape(len(affine), -1, SLOTS)
+        found = [self.holds(row, (grid, grid), partial(_seen_at, m, s.patch)) for m in affine]
+        return np.stack(found).reshape(len(affine), -1, SLOTS)
 
-    def _placed(self, row: _Row, sliced: bool) -> NDArray[np.int64]:
+    def _placed(self, row: Cutting, sliced: bool) -> NDArray[np.int64]:
         """`[R, 2]` what the row's places hold: newlines hold nothing."""
         kinds, plan = self._kinds(row), self._plan(row)
         if plan is None:
@@ -185,7 +132,7 @@ class Readings(Sequences):
         return flat[plan.layout] if sliced else np.concatenate([kinds[0], flat[-1:]])
 
     def _batch(
-        self, rows: Sequence[_Row], *, plain: bool = False, drawn: bool = True, sliced: bool = True
+        self, rows: Sequence[Cutting], *, plain: bool = False, drawn: bool = True, sliced: bool = True
     ) -> ReadingBatch:
         plans = [plan for row in rows if sliced and (plan := self._plan(row)) is not None]
         kinds = [self._placed(row, sliced) for row in rows]
@@ -193,19 +140,20 @@ class Readings(Sequences):
         heads = [[t.image] if plain else self.ask(row.question) for row in rows]
         end = t.end_of_chunk if plain else t.end_of_text
         spans = [_widened(head, t.image, len(k)) for head, k in zip(heads, kinds, strict=True)]
-        ids = [[*head, *row.answer, end] for head, row in zip(spans, rows, strict=True)]
+        said = [t.encode(f" {self.said(row)}") for row in rows]
+        ids = [[*head, *answer, end] for head, answer in zip(spans, said, strict=True)]
         longest = max(map(len, ids))
         text = torch.tensor([row + [t.pad] * (longest - len(row)) for row in ids])
         answers = torch.tensor([(len(head), len(row)) for head, row in zip(spans, ids, strict=True)])
         place = torch.arange(longest)
-        said = (place >= answers[:, :1]) & (place < answers[:, 1:])
+        answer = (place >= answers[:, :1]) & (place < answers[:, 1:])
         return ReadingBatch(
             self._images(rows, drawn, sliced), text, place < answers[:, 1:], answers,
-            torch.tensor([row.caption for row in rows]), torch.where(said, text, -100),
+            torch.tensor([row.caption for row in rows]), torch.where(answer, text, -100),
             tuple(plans) if plans else None, torch.from_numpy(np.concatenate(kinds)),
         )  # fmt: skip
 
-    def _images(self, rows: Sequence[_Row], drawn: bool, sliced: bool) -> Tensor:
+    def _images(self, rows: Sequence[Cutting], drawn: bool, sliced: bool) -> Tensor:
         if not drawn:
             return torch.zeros(len(rows), 0, 3, self.size, self.size)
         shown = [images.normalise(self._views(row)) for row in rows]
@@ -216,6 +164,12 @@ class Readings(Sequences):
         return out
 
 
+def _seen_at(affine: Sequence[float], patch: int, x: float, y: float) -> tuple[float, float]:
+    """Where a point of the picture falls in a view, in patches."""
+    a, b, c, d = affine
+    return (a * x + b) / patch, (c * y + d) / patch
+
+
 def _widened(ids: list[int], image: int, places: int) -> list[int]:
     """The one image token of a text becomes its places."""
     return [token for i in ids for token in ([image] * places if i == image else [i])]
@@ -223,8 +177,7 @@ def _widened(ids: list[int], image: int, places: int) -> list[int]:
 
 def texts(dataset: Dataset, prompts: Sequence[str]) -> list[str]:
     """What is said of pictures, for a tokenizer: captions and digits, as answers, and what is written around questions."""
-    digits = [f" {pages.written((n, n))}" for n in range(10)]
-    return [*dataset.captions, *(f" {caption}" for caption in dataset.captions), *digits, *prompts]
+    return [*scenes.texts(dataset), *prompts]
 
 
 class Photographs(Readings):
@@ -232,5 +185,5 @@ class Photographs(Readings):
 
     def _rows(
         self, rng: np.random.Generator, batch: int, *, held_out: bool = False, full: bool = False
-    ) -> list[_Row]:
+    ) -> list[Cutting]:
         return [self._photograph(rng, held_out=held_out) for _ in range(batch)]

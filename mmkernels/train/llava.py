@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from mmkernels.data import Dataset, Readings, Tokenizer
 from mmkernels.data.dialogues import QUESTION
 from mmkernels.data.pages import QUESTION as WRITTEN
-from mmkernels.data.readings import SLOTS, ReadingBatch, Sight
+from mmkernels.data.readings import ReadingBatch, Sight
 from mmkernels.data.readings import texts as reading_texts
+from mmkernels.data.scenes import SLOTS
 from mmkernels.models import Stage
 from mmkernels.models.base import IGNORE
 from mmkernels.models.llava_text import ask

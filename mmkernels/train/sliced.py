@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmkernels.data import Dataset, Tokenizer, cuttings
-from mmkernels.data.cuttings import SLOTS, CutBatch, Cutting, Cuttings
+from mmkernels.data.cuttings import CutBatch, Cuttings
 from mmkernels.data.looks import Looked, look
+from mmkernels.data.scenes import SLOTS, Cutting
 from mmkernels.models import LlavaUHD, Monkey, Stage
 from mmkernels.train.evaluate import evaluating, shuffle
 from mmkernels.train.objectives import Objectives
@@ -96,7 +97,9 @@ class SlicedObjectives(Objectives):
         config = self.model.config
         looked, patch = see(config, rows), patch_size(config)
         kinds = [
-            k for row, seen in zip(rows, looked, strict=True) for k in self.sequences.holds(row, seen, patch)
+            k
+            for row, seen in zip(rows, looked, strict=True)
+            for k in self.sequences.patches(row, seen, patch)
         ]
         views = [view.to(self.device) for seen in looked for view in seen.views]
         found = self.head(tower(self.model, views)).float().unflatten(-1, (SLOTS, -1))

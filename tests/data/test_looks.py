@@ -11,6 +11,7 @@ from mmkernels import data, models
 from mmkernels.data import Tokenizer, cuttings, images, pages
 from mmkernels.data.cuttings import Cuttings
 from mmkernels.data.looks import look
+from mmkernels.data.scenes import Cutting
 from mmkernels.models.base import Tokens
 
 UHD = {"scale": 32, "patch": 8, "tokens_per_view": 16, "release": "eccv"}
@@ -108,14 +109,14 @@ def test_patches_hold_the_digits_that_are_there(drawn, name):
     rng = np.random.default_rng(0)
     for _ in range(4):
         page = pages.page(rng)
-        row = cuttings.Cutting(page.pixels, 20, page)
+        row = Cutting(page.pixels, 20, page)
         seen = look(Image.fromarray(page.pixels), **config.look)  # type: ignore[union-attr]
-        held = drawn.holds(row, seen, 8)
+        held = drawn.patches(row, seen, 8)
         assert [k.shape[:2] for k in held] == [(v.shape[1] // 8, v.shape[2] // 8) for v in seen.views]
         found = {int(k) - 20 for part in held for k in part.unique() if k < 30}
         assert found <= set(page.digits) and found
     photo = drawn.shown(0, 1)[0]
-    held = drawn.holds(photo, look(Image.fromarray(photo.pixels), **config.look), 8)  # type: ignore[union-attr]
+    held = drawn.patches(photo, look(Image.fromarray(photo.pixels), **config.look), 8)  # type: ignore[union-attr]
     assert all((part == photo.caption).all() for part in held)
 
 
